@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers that both ends hold each other to."""
+
+from __future__ import annotations
+
+PROTOCOL_VERSION = 1
+"""Version of the wire protocol, sent in the metadata of every call."""
+
+PROTOCOL_METADATA = "lorikit-protocol"
+"""Metadata key of the protocol version, a decimal number."""
+
+DEVICE_METADATA = "lorikit-device"
+"""Metadata key of the device's identity."""
+
+TOKEN_METADATA = "lorikit-token"
+"""Metadata key of the device's secret."""
+
+ERROR_METADATA = "lorikit-error"
+"""Trailing metadata key of the error code (see ``status.ErrorCode``)."""
+
+RETRY_METADATA = "lorikit-retry-seconds"
+"""Trailing metadata key of the seconds to wait before trying again, where known."""
+
+CHUNK_BYTES = 1 << 20
+"""Bytes of a chunk as we send it."""
+
+MAX_CHUNK_BYTES = 2 << 20
+"""Largest chunk either end accepts."""
+
+MAX_MESSAGE_BYTES = 4 << 20
+"""Largest single gRPC message either end accepts."""
+
+MAX_TENSOR_NAME_BYTES = 512
+"""Longest name of a tensor."""
+
+MAX_TENSOR_RANK = 8
+"""Most axes a tensor may have."""
+
+MAX_BUNDLE_TENSORS = 100_000
+"""Most tensors in one bundle."""
+
+MAX_BUNDLE_BYTES = 1 << 30
+"""Largest bundle either end decodes, unless it sets a lower bound of its own."""

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan: what one device is asked to do in one round, as typed data.
+
+The device runs a plan with a small fixed vocabulary. ``OPERATIONS`` lists that vocabulary with
+versions;
+an operation or a plan version that the device lacks is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+PLAN_VERSION = 1
+"""Plan format that this version writes, and the highest it reads."""
+
+Value = float | int | str | bool | tuple[float, ...] | tuple[int, ...] | tuple[str, ...]
+"""Value of an operation's argument."""
+
+OPERATIONS: Mapping[str, int] = {
+    "tail_penalty": 1,
+    "prune_tail": 1,
+    "class_sums": 1,
+}
+"""Operations of this contract by name, with their current version.
+
+``tail_penalty`` (gradient operation): adds the gradient of HETLORA's penalty. Arguments: ``weight``
+(lambda), ``keep`` (gamma), ``min_rank``.
+``prune_tail`` (after training): drops the tail ranks if their score fell. Arguments: ``keep``
+(gamma),
+``min_rank``.
+``class_sums`` (after training, or alone): per-class sums of the head's input features and counts
+over the
+local data. Arguments: ``max_examples`` (0 for all).
+"""
+
+
+class PlanError(ValueError):
+    """A plan breaks one of its rules; the message names the field and the value."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One step of the device's vocabulary."""
+
+    name: str
+    version: int = 1
+    arguments: Mapping[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """How the optimiser moves the trained tensors."""
+
+    name: str = "adamw"
+    """``adamw`` (Loshchilov & Hutter 2019, decoupled decay) or ``sgd``."""
+    learning_rate: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    """SGD only."""
+    clip_norm: float = 0.0
+    """Largest joint l2 norm of a step's gradient; zero means no clipping."""
+    schedule: str = "constant"
+    """``constant``, ``linear`` (to zero over the phase) or ``cosine``."""
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("adamw", "sgd"):
+            raise PlanError(f"optimizer.name must be adamw or sgd, got {self.name!r}")
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise PlanError(f"optimizer.schedule is unknown: {self.schedule!r}")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise PlanError(f"optimizer.learning_rate must be positive, got {self.learning_rate}")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise PlanError(f"optimizer.{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("weight_decay", "clip_norm", "warmup_steps"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise PlanError(f"optimizer.{name} must be at least 0, got {value}")
+        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
+            raise PlanError(f"optimizer.epsilon must be positive, got {self.epsilon}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A stretch of training with one set of trained tensors and one optimiser."""
+
+    name: str = "train"
+    train: tuple[str, ...]
+    """Names of the tensors that move."""
+    steps: int
+    """Optimiser steps; at least 1."""
+    batch_size: int
+    """Examples per optimiser step; at least 1."""
+    micro_batch: int
+    """Examples per run of the graph; 1 to ``batch_size``."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    learning_rate_factors: Mapping[str, float] = field(default_factory=dict)
+    """Learning-rate factor by tensor role (``lora_A``, ``lora_B``, ``head``); 1 where absent."""
+    gradient_operations: tuple[Operation, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise PlanError(f"phase {self.name!r} trains nothing")
+        if self.steps < 1:
+            raise PlanError(f"phase {self.name!r}: steps must be at least 1, got {self.steps}")
+        if not 1 <= self.micro_batch <= self.batch_size:
+            raise PlanError(
+                f"phase {self.name!r}: micro_batch must lie in 1..{self.batch_size} (batch_size), "
+                f"got {self.micro_batch}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanFacts:
+    """What the server expects of a plan; for reports, nothing on the device depends on it."""
+
+    device_class: str = ""
+    precision: str = ""
+    rank: int = 0
+    trained_layers: tuple[int, ...] = ()
+    kept_layers: tuple[int, ...] = ()
+    micro_batch: int = 0
+    predicted_peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one device does in one round."""
+
+    version: int = PLAN_VERSION
+    method: str
+    inputs: Mapping[str, float] = field(default_factory=dict)
+    """Values of the graph's scalar inputs by name, for example ``lora_scale``."""
+    phases: tuple[Phase, ...] = ()
+    operations: tuple[Operation, ...] = ()
+    """Operations after training, in order."""
+    send: tuple[str, ...] = ()
+    """Tensors to send; empty: what the operations produced, or else all that were trained."""
+    codec: str = "fp32"
+    """Wire codec of the update."""
+    max_length: int = 128
+    """Longest input in tokens."""
+    seed: int = 0
+    facts: PlanFacts = PlanFacts()
+
+    def __post_init__(self) -> None:
+        if self.version != PLAN_VERSION:
+            raise PlanError(f"plan version {self.version} is not {PLAN_VERSION}; update the SDK")
+        if not self.phases and not self.operations:
+            raise PlanError("plan does nothing: it has neither phases nor operations")
+        if self.max_length < 1:
+            raise PlanError(f"max_length must be at least 1, got {self.max_length}")

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every engine does: gradients of one micro-batch, and predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lorikit.proto.manifest import Manifest
+from lorikit.proto.tensors import Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tokenised examples, padded to the longest of them."""
+
+    input_ids: npt.NDArray[np.int64]
+    """Token ids, [batch, length]."""
+    attention_mask: npt.NDArray[np.int64]
+    """1 for tokens, 0 for padding, [batch, length]."""
+    labels: npt.NDArray[np.int64]
+    """Class per example, [batch]."""
+    weights: npt.NDArray[np.float32]
+    """Weight of each example's loss, [batch]; their sum over a step is 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """Result of one micro-batch."""
+
+    loss: float
+    """Sum over the examples of weight times loss."""
+    correct: float
+    """Examples whose largest logit is their label."""
+    gradients: Tensors
+    """Gradient of ``loss`` by trained tensor, in the tensor's shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """Result of a forward pass."""
+
+    logits: npt.NDArray[np.float32]
+    """[batch, classes]."""
+    features: npt.NDArray[np.float32]
+    """Input of the task head, [batch, width]."""
+
+
+class Engine(Protocol):
+    """An opened package. Engines are not thread-safe; one belongs to one executor."""
+
+    def gradients(self, adapter: Tensors, batch: Batch, inputs: Mapping[str, float]) -> Gradients:
+        """Loss and gradients of one micro-batch.
+
+        Args:
+            adapter: Every adapter tensor of the manifest, float32.
+            batch: One micro-batch.
+            inputs: The plan's scalar inputs, for example ``lora_scale``.
+
+        Raises:
+            PackageError: An adapter tensor is missing or of the wrong shape.
+            OutOfMemoryError: The runtime could not get the memory.
+        """
+        ...
+
+    def predict(self, adapter: Tensors, batch: Batch, inputs: Mapping[str, float]) -> Predictions:
+        """Logits and features; ``labels`` and ``weights`` of the batch are not looked at."""
+        ...
+
+    def close(self) -> None:
+        """Release the runtime's memory; the engine cannot be used any more."""
+        ...
+
+
+class EngineType(Protocol):
+    """How an engine is opened."""
+
+    def __call__(self, manifest: Manifest, folder: Path, *, threads: int) -> Engine:
+        """Open a package.
+
+        Args:
+            manifest: The package.
+            folder: Flat folder that holds its blobs, each named by its digest.
+            threads: Processor threads to use; at least 1.
+        """
+        ...
