@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device errors.
+
+LorikitError
+├── ConnectionLostError         server out of reach or busy; the client tries again, for ever
+├── ProtocolVersionError        the two sides do not understand each other; update the app or server
+├── IdentityError               the server does not know this device, or refuses to enrol it
+├── RefusedError                this device does not fit; carries the reason and the remedy
+├── RoundClosedError            the work no longer counts; ask for the next task
+├── ServerRefusedError          any other answer of the server; carries its code
+├── PackageError                a package or adapter is missing, incomplete or of another model
+│   ├── DamagedBlobError            bytes do not match their digest; the blob is fetched again
+│   └── UnsupportedPackageError     a newer format or a runtime that this SDK lacks
+├── PlanRefusedError            a plan names an operation, version or tensor that is unknown here
+├── EngineUnavailableError      the runtime is not installed; carries the command that installs it
+├── EngineDisagreesError        the engine's gradients are not those the manifest expects
+├── OutOfMemoryError            the memory limit is too small for the task
+├── StorageFullError            the store's disk, or its share of it, is full
+├── StoreBusyError              another process uses the store
+├── NonFiniteError              a loss or gradient became NaN or infinite; names the tensor
+├── DataError                   a local row does not fit the task
+└── CancelledError              the app cancelled the work
+"""
+
+from __future__ import annotations
+
+from lorikit.proto.status import ErrorCode
+
+
+class LorikitError(Exception):
+    """Base of all errors the SDK raises on purpose."""
+
+
+class ConnectionLostError(LorikitError):
+    """The server cannot be reached or is at its limits; the same call may succeed later."""
+
+    def __init__(self, message: str, *, retry_seconds: float | None = None) -> None:
+        """Args are the cause and, where the server named it, the time until the next attempt."""
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+
+
+class ProtocolVersionError(LorikitError):
+    """The two sides speak different protocol versions; the older one must be updated."""
+
+
+class IdentityError(LorikitError):
+    """The server does not know this device (it must enrol again), or refuses to enrol it."""
+
+
+class RefusedError(LorikitError):
+    """The server has no work that this device could do."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        """Args are the server's two sentences: why, and the smallest change that would help."""
+        super().__init__(f"{reason} {remedy}".strip())
+        self.reason = reason
+        self.remedy = remedy
+
+
+class RoundClosedError(LorikitError):
+    """The round has ended or the task is void; its work no longer counts."""
+
+
+class ServerRefusedError(LorikitError):
+    """The server answered with an error that no other class stands for."""
+
+    def __init__(self, code: ErrorCode | None, message: str) -> None:
+        """Args are the server's code, None where it sent none we know, and its sentence."""
+        super().__init__(message)
+        self.code = code
+
+
+class PackageError(LorikitError):
+    """A package or adapter is missing, incomplete, or belongs to another model."""
+
+
+class DamagedBlobError(PackageError):
+    """Bytes do not match their digest; they were dropped and are fetched again when needed."""
+
+
+class UnsupportedPackageError(PackageError):
+    """A package has a newer format, or needs a runtime that this SDK lacks."""
+
+
+class PlanRefusedError(LorikitError):
+    """A plan names an operation, a version or a tensor that is unknown here; never guessed."""
+
+
+class EngineUnavailableError(LorikitError):
+    """The runtime of an engine is not installed; the message is the command that installs it."""
+
+
+class EngineDisagreesError(LorikitError):
+    """The engine's loss or gradients on the probe batch are not those of the manifest."""
+
+
+class OutOfMemoryError(LorikitError):
+    """The process could not get the memory that the task needs."""
+
+
+class StorageFullError(LorikitError):
+    """The disk, or the share of it that the store may use, is full."""
+
+
+class StoreBusyError(LorikitError):
+    """Another process uses the store; one store serves one process at a time."""
+
+
+class NonFiniteError(LorikitError):
+    """A loss or a gradient became NaN or infinite; the message names the tensor."""
+
+
+class DataError(LorikitError):
+    """A local row does not fit the task: a column is missing, a label unknown."""
+
+
+class CancelledError(LorikitError):
+    """The app cancelled the work."""
