@@ -136,7 +136,7 @@ pip_install() {
 }
 
 install_editable() {
-  pip_install "$1" hatchling editables
+  pip_install "$1" --group build
   pip_install "$1" --no-build-isolation --editable "${@:2}"
 }
 
