@@ -73,7 +73,7 @@ class Bundle:
 
 def raw(values: npt.ArrayLike) -> Encoded:
     """Wrap values as the codec ``fp32``: float32 elements, nothing lost, nothing saved."""
-    array = np.ascontiguousarray(values, dtype=np.float32)
+    array = np.asarray(values, dtype=np.float32, order="C")
     return Encoded("fp32", array.shape, {"values": array})
 
 
