@@ -1,0 +1,540 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a device talks to the server: typed calls, one attempt each, with deadlines.
+
+``GrpcTransport`` is the only part of the SDK that knows gRPC and the generated code. It checks
+what comes in, and turns every error of the wire into one of the SDK's. Trying again is the
+caller's decision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import grpc
+
+from lorikit.proto.device import Profile, TrainingReport
+from lorikit.proto.limits import (
+    CHUNK_BYTES,
+    DEVICE_METADATA,
+    ERROR_METADATA,
+    MAX_CHUNK_BYTES,
+    MAX_MESSAGE_BYTES,
+    PROTOCOL_METADATA,
+    PROTOCOL_VERSION,
+    RETRY_METADATA,
+    TOKEN_METADATA,
+)
+from lorikit.proto.manifest import BlobRef, ManifestError, digest_of
+from lorikit.proto.plan import Plan, PlanError
+from lorikit.proto.status import STATUS, ErrorCode
+from lorikit.proto.v1 import device_service_pb2 as pb
+from lorikit.proto.v1 import device_service_pb2_grpc as rpc
+from lorikit.proto.wire import (
+    blob_from_message,
+    plan_from_message,
+    profile_to_message,
+    report_to_message,
+)
+from lorikit.sdk._config import ClientConfig
+from lorikit.sdk._errors import (
+    CancelledError,
+    ConnectionLostError,
+    DamagedBlobError,
+    IdentityError,
+    LorikitError,
+    PackageError,
+    ProtocolVersionError,
+    RoundClosedError,
+    ServerRefusedError,
+)
+
+_Reply = TypeVar("_Reply")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What the device is asked to do."""
+
+    task_id: str
+    run_id: str
+    round: int
+    kind: str
+    """``train`` or ``evaluate``."""
+    update_id: str
+    """Name of the update the task yields; the same after every restart."""
+    lease_seconds: float
+    plan: Plan
+    package: BlobRef
+    """The package's manifest."""
+    adapter: BlobRef
+    """A serialised TensorBundle."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnreadableTask:
+    """A task that this SDK does not understand; it is to be reported as failed."""
+
+    task_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryWindow:
+    """No work now; come back at a random time between the two, in seconds from now."""
+
+    min_seconds: float
+    max_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """The device cannot take part."""
+
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The run is over."""
+
+    run_id: str
+    package: BlobRef | None
+    adapter: BlobRef | None
+    inputs: Mapping[str, float]
+    max_length: int
+
+
+Offer = Task | UnreadableTask | RetryWindow | Refusal | Finished
+"""The server's answer to a request for work."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """The server's answer to a heartbeat."""
+
+    go_on: bool
+    lease_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadProgress:
+    """How much of an update the server holds."""
+
+    offset: int
+    accepted: bool
+    """Complete and counted."""
+
+
+class Transport(Protocol):
+    """The server as a device sees it; one attempt per call.
+
+    Every call raises ``ConnectionLostError`` when the server is out of reach or busy,
+    ``CancelledError`` after ``interrupt``, and the error that ``ERRORS`` has for the server's code.
+    """
+
+    def identify(self, device_id: str, token: str) -> None:
+        """Use this identity for the calls to come."""
+        ...
+
+    def enrol(
+        self, installation_id: str, profile: Profile, enrolment_token: str
+    ) -> tuple[str, str]:
+        """Device identity and token for this installation; harmless when repeated."""
+        ...
+
+    def heartbeat(self, task_id: str, state: str, step: int, steps: int) -> Lease:
+        """Keep the lease of a task."""
+        ...
+
+    def next_task(self, wait_seconds: float, profile: Profile | None) -> Offer:
+        """Wait for work."""
+        ...
+
+    def download(self, blob: BlobRef, offset: int) -> Iterator[bytes]:
+        """The blob's bytes from the offset on, chunk by chunk, each verified."""
+        ...
+
+    def upload_status(self, task_id: str, update_id: str, digest: str) -> UploadProgress:
+        """How much of the update the server holds."""
+        ...
+
+    def upload(
+        self,
+        task_id: str,
+        update_id: str,
+        data: bytes,
+        report: TrainingReport,
+        *,
+        offset: int,
+        on_sent: Callable[[int], None],
+    ) -> None:
+        """Send an update from the offset on; when it returns, the server has it durably."""
+        ...
+
+    def report_evaluation(self, task_id: str, metrics: Mapping[str, float], examples: int) -> None:
+        """Tell what was measured."""
+        ...
+
+    def report_failure(self, task_id: str, error: str, message: str) -> None:
+        """Tell that a task ended without an update."""
+        ...
+
+    def interrupt(self) -> None:
+        """Make every call, in progress or to come, raise ``CancelledError`` until ``resume``."""
+        ...
+
+    def resume(self) -> None:
+        """Allow calls again."""
+        ...
+
+    def close(self) -> None:
+        """Give the connection back."""
+        ...
+
+
+class GrpcTransport:
+    """``Transport`` over gRPC."""
+
+    def __init__(
+        self,
+        server: str,
+        *,
+        insecure: bool = False,
+        root_certificates: bytes | None = None,
+        config: ClientConfig | None = None,
+    ) -> None:
+        """Nothing is sent before the first call.
+
+        Args:
+            server: Address, ``host:port``.
+            insecure: No encryption. Must be asked for by name.
+            root_certificates: PEM of the authorities to trust; None: the system's.
+            config: Deadlines.
+        """
+        self._config = config or ClientConfig()
+        self._channel = _channel(server, insecure, root_certificates)
+        self._stub = rpc.DeviceServiceStub(self._channel)
+        self._metadata = [(PROTOCOL_METADATA, str(PROTOCOL_VERSION))]
+        self._identity: list[tuple[str, str]] = []
+        self._calls: set[grpc.Future[Any] | grpc.RpcContext] = set()
+        self._interrupted = False
+        self._lock = threading.Lock()
+
+    def identify(self, device_id: str, token: str) -> None:
+        """See ``Transport``."""
+        self._identity = [(DEVICE_METADATA, device_id), (TOKEN_METADATA, token)]
+
+    def enrol(
+        self, installation_id: str, profile: Profile, enrolment_token: str
+    ) -> tuple[str, str]:
+        """See ``Transport``."""
+        request = pb.EnrolRequest(
+            installation_id=installation_id,
+            profile=profile_to_message(profile),
+            enrolment_token=enrolment_token,
+        )
+        reply = self._call(self._stub.Enrol, request)
+        return reply.device_id, reply.token
+
+    def heartbeat(self, task_id: str, state: str, step: int, steps: int) -> Lease:
+        """See ``Transport``."""
+        request = pb.HeartbeatRequest(task_id=task_id, state=state, step=step, steps=steps)
+        reply = self._call(self._stub.Heartbeat, request)
+        return Lease(go_on=reply.go_on, lease_seconds=reply.lease_seconds)
+
+    def next_task(self, wait_seconds: float, profile: Profile | None) -> Offer:
+        """See ``Transport``."""
+        request = pb.NextTaskRequest(
+            wait_seconds=wait_seconds,
+            profile=None if profile is None else profile_to_message(profile),
+        )
+        return _offer(self._call(self._stub.NextTask, request, extra_seconds=wait_seconds))
+
+    def download(self, blob: BlobRef, offset: int) -> Iterator[bytes]:
+        """See ``Transport``."""
+        request = pb.DownloadBlobRequest(digest=blob.digest, offset=offset)
+        with _wire_errors():
+            call = self._stub.DownloadBlob(
+                request, timeout=self._config.transfer_seconds, metadata=self._call_metadata()
+            )
+            with self._tracked(call):
+                for message in call:
+                    yield _checked_chunk(message, blob, offset)
+                    offset += len(message.data)
+        if offset < blob.size:
+            raise ConnectionLostError(
+                f"the stream of blob {blob.digest} ended {blob.size - offset} bytes early"
+            )
+
+    def upload_status(self, task_id: str, update_id: str, digest: str) -> UploadProgress:
+        """See ``Transport``."""
+        request = pb.UploadStatusRequest(task_id=task_id, update_id=update_id, digest=digest)
+        reply = self._call(self._stub.UploadStatus, request)
+        return UploadProgress(offset=reply.offset, accepted=reply.accepted)
+
+    def upload(
+        self,
+        task_id: str,
+        update_id: str,
+        data: bytes,
+        report: TrainingReport,
+        *,
+        offset: int,
+        on_sent: Callable[[int], None],
+    ) -> None:
+        """See ``Transport``."""
+        header = pb.UploadHeader(
+            task_id=task_id,
+            update_id=update_id,
+            digest=digest_of(data),
+            total_size=len(data),
+            offset=offset,
+            report=report_to_message(report),
+        )
+        with _wire_errors():
+            call = self._stub.UploadUpdate.future(
+                _upload_messages(header, data, on_sent),
+                timeout=self._config.transfer_seconds,
+                metadata=self._call_metadata(),
+            )
+            with self._tracked(call):
+                reply = call.result()
+        if reply.update_id != update_id:
+            raise ServerRefusedError(None, f"receipt names {reply.update_id!r}, not {update_id!r}")
+
+    def report_evaluation(self, task_id: str, metrics: Mapping[str, float], examples: int) -> None:
+        """See ``Transport``."""
+        request = pb.ReportEvaluationRequest(task_id=task_id, metrics=metrics, examples=examples)
+        self._call(self._stub.ReportEvaluation, request)
+
+    def report_failure(self, task_id: str, error: str, message: str) -> None:
+        """See ``Transport``."""
+        request = pb.ReportFailureRequest(task_id=task_id, error=error, message=message)
+        self._call(self._stub.ReportFailure, request)
+
+    def interrupt(self) -> None:
+        """See ``Transport``."""
+        with self._lock:
+            self._interrupted = True
+            calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+
+    def resume(self) -> None:
+        """See ``Transport``."""
+        with self._lock:
+            self._interrupted = False
+
+    def close(self) -> None:
+        """See ``Transport``."""
+        self._channel.close()
+
+    def _call(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[Any, _Reply],
+        request: object,
+        *,
+        extra_seconds: float = 0.0,
+    ) -> _Reply:
+        with _wire_errors():
+            call = method.future(
+                request,
+                timeout=self._config.call_seconds + extra_seconds,
+                metadata=self._call_metadata(),
+            )
+            with self._tracked(call):
+                return call.result()
+
+    def _call_metadata(self) -> tuple[tuple[str, str], ...]:
+        return (*self._metadata, *self._identity)
+
+    @contextlib.contextmanager
+    def _tracked(self, call: Any) -> Iterator[None]:  # noqa: ANN401  # a future or a stream
+        """Let ``interrupt`` reach the call; whoever leaves early ends it."""
+        with self._lock:
+            self._calls.add(call)
+            interrupted = self._interrupted
+        if interrupted:
+            call.cancel()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls.discard(call)
+            call.cancel()
+
+
+ERRORS: Mapping[ErrorCode, type[LorikitError]] = {
+    ErrorCode.PROTOCOL_UNSUPPORTED: ProtocolVersionError,
+    ErrorCode.REQUEST_INVALID: ServerRefusedError,
+    ErrorCode.IDENTITY_REQUIRED: IdentityError,
+    ErrorCode.ENROLMENT_REFUSED: IdentityError,
+    ErrorCode.TASK_UNKNOWN: RoundClosedError,
+    ErrorCode.ROUND_CLOSED: RoundClosedError,
+    ErrorCode.BLOB_UNKNOWN: PackageError,
+    ErrorCode.OFFSET_INVALID: ServerRefusedError,
+    ErrorCode.UPDATE_CORRUPT: ServerRefusedError,
+    ErrorCode.UPDATE_INVALID: ServerRefusedError,
+    ErrorCode.UPDATE_TOO_LARGE: ServerRefusedError,
+    ErrorCode.RUN_UNKNOWN: ServerRefusedError,
+    ErrorCode.RUN_EXISTS: ServerRefusedError,
+    ErrorCode.CONFIG_INVALID: ServerRefusedError,
+    ErrorCode.ADAPTER_UNKNOWN: ServerRefusedError,
+    ErrorCode.SERVER_BUSY: ConnectionLostError,
+    ErrorCode.SERVER_STOPPING: ConnectionLostError,
+    ErrorCode.STORAGE_FULL: ConnectionLostError,
+    ErrorCode.INTERNAL: ServerRefusedError,
+}
+"""The device's error for each code of the server; a test holds the table complete."""
+
+_UNCODED: Mapping[grpc.StatusCode, type[LorikitError]] = {
+    grpc.StatusCode.UNAVAILABLE: ConnectionLostError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: ConnectionLostError,
+    grpc.StatusCode.CANCELLED: ConnectionLostError,
+    grpc.StatusCode.ABORTED: ConnectionLostError,
+    grpc.StatusCode.INTERNAL: ConnectionLostError,
+    grpc.StatusCode.UNKNOWN: ConnectionLostError,
+    grpc.StatusCode.DATA_LOSS: ConnectionLostError,
+    grpc.StatusCode.UNAUTHENTICATED: IdentityError,
+    grpc.StatusCode.PERMISSION_DENIED: IdentityError,
+    grpc.StatusCode.UNIMPLEMENTED: ProtocolVersionError,
+}
+"""The device's error where gRPC, a proxy or a foreign server speaks instead of ours."""
+
+
+def error_from(error: grpc.RpcError) -> LorikitError:
+    """The SDK's error for an error of the wire."""
+    assert isinstance(error, grpc.Call)  # what every failed call raises
+    trailers = {key: value for key, value in error.trailing_metadata() or ()}
+    sentence = error.details() or ""
+    try:
+        code = ErrorCode(str(trailers[ERROR_METADATA]))
+    except (KeyError, ValueError):
+        known = _UNCODED.get(error.code())
+        text = f"{error.code().name}: {sentence}"
+        return ServerRefusedError(None, text) if known is None else known(text)
+    kind = ERRORS[code]
+    sentence = sentence or STATUS[code].sentence
+    if issubclass(kind, ServerRefusedError):
+        return kind(code, sentence)
+    if issubclass(kind, ConnectionLostError):
+        return kind(sentence, retry_seconds=_seconds(trailers.get(RETRY_METADATA)))
+    return kind(sentence)
+
+
+@contextlib.contextmanager
+def _wire_errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.FutureCancelledError as error:
+        raise CancelledError("the call was interrupted") from error
+    except grpc.RpcError as error:
+        if isinstance(error, grpc.Future) and error.cancelled():
+            raise CancelledError("the call was interrupted") from error
+        raise error_from(error) from error
+
+
+def _channel(server: str, insecure: bool, root_certificates: bytes | None) -> grpc.Channel:
+    options = [
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        # Mobile networks drop idle connections silently after some minutes, and every ping wakes
+        # the radio: ping once a minute, and only while a call is open.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 0),
+        # The client has its own backoff; gRPC's must not keep it from a server that is back.
+        ("grpc.initial_reconnect_backoff_ms", 500),
+        ("grpc.max_reconnect_backoff_ms", 10_000),
+        ("grpc.enable_retries", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if insecure:
+        return grpc.insecure_channel(server, options)
+    credentials = grpc.ssl_channel_credentials(root_certificates=root_certificates)
+    return grpc.secure_channel(server, credentials, options)
+
+
+def _offer(reply: pb.NextTaskResponse) -> Offer:
+    match reply.WhichOneof("outcome"):
+        case "task":
+            return _task(reply.task)
+        case "wait":
+            return RetryWindow(
+                min_seconds=reply.wait.min_seconds, max_seconds=reply.wait.max_seconds
+            )
+        case "refused":
+            return Refusal(reason=reply.refused.reason, remedy=reply.refused.remedy)
+        case "finished":
+            return _finished(reply.finished)
+    raise ProtocolVersionError("the server answered with work of an unknown kind; update the SDK")
+
+
+def _task(message: pb.Task) -> Task | UnreadableTask:
+    try:
+        return Task(
+            task_id=message.task_id,
+            run_id=message.run_id,
+            round=message.round,
+            kind=message.kind,
+            update_id=message.update_id,
+            lease_seconds=message.lease_seconds,
+            plan=plan_from_message(message.plan),
+            package=blob_from_message(message.package),
+            adapter=blob_from_message(message.adapter),
+        )
+    except (PlanError, ManifestError) as error:
+        return UnreadableTask(task_id=message.task_id, reason=str(error))
+
+
+def _finished(message: pb.Finished) -> Finished:
+    try:
+        return Finished(
+            run_id=message.run_id,
+            package=blob_from_message(message.package) if message.HasField("package") else None,
+            adapter=blob_from_message(message.adapter) if message.HasField("adapter") else None,
+            inputs=dict(message.inputs),
+            max_length=message.max_length,
+        )
+    except ManifestError as error:
+        raise PackageError(f"the final adapter cannot be named: {error}") from error
+
+
+def _checked_chunk(message: pb.DownloadBlobResponse, blob: BlobRef, offset: int) -> bytes:
+    """The chunk's bytes; what does not belong at this place of this blob is refused."""
+    if message.total_size != blob.size or message.offset != offset:
+        raise DamagedBlobError(
+            f"blob {blob.digest}: got byte {message.offset} of {message.total_size}, "
+            f"wanted {offset} of {blob.size}"
+        )
+    if not 0 < len(message.data) <= min(MAX_CHUNK_BYTES, blob.size - offset):
+        raise DamagedBlobError(f"blob {blob.digest}: chunk of {len(message.data)} bytes")
+    if hashlib.sha256(message.data).digest() != message.chunk_digest:
+        raise DamagedBlobError(f"blob {blob.digest}: chunk at byte {offset} is damaged")
+    return message.data
+
+
+def _upload_messages(
+    header: pb.UploadHeader, data: bytes, on_sent: Callable[[int], None]
+) -> Iterator[pb.UploadUpdateRequest]:
+    yield pb.UploadUpdateRequest(header=header)
+    for offset in range(header.offset, len(data), CHUNK_BYTES):
+        chunk = data[offset : offset + CHUNK_BYTES]
+        digest = hashlib.sha256(chunk).digest()
+        yield pb.UploadUpdateRequest(
+            chunk=pb.UploadChunk(offset=offset, data=chunk, chunk_digest=digest)
+        )
+        on_sent(offset + len(chunk))
+
+
+def _seconds(text: str | bytes | None) -> float | None:
+    try:
+        return None if text is None else max(0.0, float(text))
+    except ValueError:
+        return None
