@@ -89,18 +89,21 @@ class Profile(_message.Message):
     sdk_version: _builtins.str
     """Version of the SDK."""
     plan_version: _builtins.int
-    """Highest plan format and the operations ("name@version") this SDK can carry out."""
+    """Highest plan format this SDK can carry out."""
     memory_baseline_bytes: _builtins.int
     """Resident memory of the app before any training, bytes."""
     download_bytes_per_second: _builtins.float
-    """Measured transfer rates, bytes per second."""
+    """Measured download rate, bytes per second."""
     upload_bytes_per_second: _builtins.float
+    """Measured upload rate, bytes per second."""
     @_builtins.property
     def engines(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineInfo]:
         """Engines that can be opened here, best first; at least one to get work."""
 
     @_builtins.property
-    def operations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def operations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Operations this SDK can carry out, each as "name@version"."""
+
     @_builtins.property
     def codecs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Wire codecs this SDK can encode and decode."""
@@ -134,6 +137,8 @@ Global___Profile: _TypeAlias = Profile  # noqa: Y015
 
 @_typing.final
 class EnrolRequest(_message.Message):
+    """A device makes itself known."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     INSTALLATION_ID_FIELD_NUMBER: _builtins.int
@@ -144,7 +149,9 @@ class EnrolRequest(_message.Message):
     enrolment_token: _builtins.str
     """One-time token where the operator requires one; empty otherwise."""
     @_builtins.property
-    def profile(self) -> Global___Profile: ...
+    def profile(self) -> Global___Profile:
+        """What the device can do; always set."""
+
     def __init__(
         self,
         *,
@@ -162,6 +169,8 @@ Global___EnrolRequest: _TypeAlias = EnrolRequest  # noqa: Y015
 
 @_typing.final
 class EnrolResponse(_message.Message):
+    """The identity a device shows in later calls."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DEVICE_ID_FIELD_NUMBER: _builtins.int
@@ -186,6 +195,8 @@ Global___EnrolResponse: _TypeAlias = EnrolResponse  # noqa: Y015
 
 @_typing.final
 class HeartbeatRequest(_message.Message):
+    """Sign of life while a device works on a task."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TASK_ID_FIELD_NUMBER: _builtins.int
@@ -193,11 +204,13 @@ class HeartbeatRequest(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
+    """The task it works on."""
     state: _builtins.str
     """What the device is doing: "downloading", "training", "uploading"."""
     step: _builtins.int
-    """Optimiser steps done and to do."""
+    """Optimiser steps done."""
     steps: _builtins.int
+    """Optimiser steps of the whole task."""
     def __init__(
         self,
         *,
@@ -216,6 +229,8 @@ Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
 
 @_typing.final
 class HeartbeatResponse(_message.Message):
+    """Whether the work still counts."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     GO_ON_FIELD_NUMBER: _builtins.int
@@ -240,6 +255,8 @@ Global___HeartbeatResponse: _TypeAlias = HeartbeatResponse  # noqa: Y015
 
 @_typing.final
 class NextTaskRequest(_message.Message):
+    """A device asks for work."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     WAIT_SECONDS_FIELD_NUMBER: _builtins.int
@@ -266,6 +283,8 @@ Global___NextTaskRequest: _TypeAlias = NextTaskRequest  # noqa: Y015
 
 @_typing.final
 class BlobRef(_message.Message):
+    """A content-addressed file."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DIGEST_FIELD_NUMBER: _builtins.int
@@ -290,6 +309,8 @@ Global___BlobRef: _TypeAlias = BlobRef  # noqa: Y015
 
 @_typing.final
 class Task(_message.Message):
+    """What one device is asked to do in one round."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TASK_ID_FIELD_NUMBER: _builtins.int
@@ -302,7 +323,9 @@ class Task(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     UPDATE_ID_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
+    """Names the task in later calls; unique on the server."""
     run_id: _builtins.str
+    """The run it belongs to."""
     round: _builtins.int
     """Number of the round, from 0."""
     lease_seconds: _builtins.float
@@ -312,7 +335,9 @@ class Task(_message.Message):
     update_id: _builtins.str
     """Name of the update this task yields; the same after every restart."""
     @_builtins.property
-    def plan(self) -> _plan_pb2.Plan: ...
+    def plan(self) -> _plan_pb2.Plan:
+        """What to do; always set."""
+
     @_builtins.property
     def package(self) -> Global___BlobRef:
         """Manifest of the package to train."""
@@ -344,13 +369,16 @@ Global___Task: _TypeAlias = Task  # noqa: Y015
 
 @_typing.final
 class RetryWindow(_message.Message):
+    """No work now: the device comes back at a random time between the two."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MIN_SECONDS_FIELD_NUMBER: _builtins.int
     MAX_SECONDS_FIELD_NUMBER: _builtins.int
     min_seconds: _builtins.float
-    """The device comes back at a random time between the two, seconds from now."""
+    """Earliest time to come back, seconds from now; at least 0."""
     max_seconds: _builtins.float
+    """Latest time to come back, seconds from now; at least min_seconds."""
     def __init__(
         self,
         *,
@@ -367,6 +395,8 @@ Global___RetryWindow: _TypeAlias = RetryWindow  # noqa: Y015
 
 @_typing.final
 class Refusal(_message.Message):
+    """No work for this device as it is; asking again unchanged does not help."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
@@ -391,6 +421,8 @@ Global___Refusal: _TypeAlias = Refusal  # noqa: Y015
 
 @_typing.final
 class Finished(_message.Message):
+    """The run has ended; what the device may go on using."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -419,15 +451,21 @@ class Finished(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     MAX_LENGTH_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
+    """The run that ended."""
     max_length: _builtins.int
+    """Longest input in tokens; longer ones are cut."""
     @_builtins.property
     def package(self) -> Global___BlobRef:
-        """Final adapter cut to this device and its package; absent where there is none."""
+        """Manifest of the package to use the final adapter with; absent where there is none."""
 
     @_builtins.property
-    def adapter(self) -> Global___BlobRef: ...
+    def adapter(self) -> Global___BlobRef:
+        """Final adapter cut to this device, a serialised TensorBundle; absent where there is none."""
+
     @_builtins.property
-    def inputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    def inputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Values of the graph's scalar inputs by name, for example "lora_scale"."""
+
     def __init__(
         self,
         *,
@@ -447,6 +485,8 @@ Global___Finished: _TypeAlias = Finished  # noqa: Y015
 
 @_typing.final
 class NextTaskResponse(_message.Message):
+    """What the server has for a device."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TASK_FIELD_NUMBER: _builtins.int
@@ -454,13 +494,21 @@ class NextTaskResponse(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def task(self) -> Global___Task: ...
+    def task(self) -> Global___Task:
+        """Work to do."""
+
     @_builtins.property
-    def wait(self) -> Global___RetryWindow: ...
+    def wait(self) -> Global___RetryWindow:
+        """Nothing yet; come back later."""
+
     @_builtins.property
-    def refused(self) -> Global___Refusal: ...
+    def refused(self) -> Global___Refusal:
+        """The device cannot take part as it is."""
+
     @_builtins.property
-    def finished(self) -> Global___Finished: ...
+    def finished(self) -> Global___Finished:
+        """The run is over."""
+
     def __init__(
         self,
         *,
@@ -481,11 +529,14 @@ Global___NextTaskResponse: _TypeAlias = NextTaskResponse  # noqa: Y015
 
 @_typing.final
 class DownloadBlobRequest(_message.Message):
+    """A device asks for a blob, or the rest of one."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DIGEST_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
+    """Lower-case hexadecimal SHA-256 of the blob."""
     offset: _builtins.int
     """First byte wanted; at most the blob's size."""
     def __init__(
@@ -504,6 +555,8 @@ Global___DownloadBlobRequest: _TypeAlias = DownloadBlobRequest  # noqa: Y015
 
 @_typing.final
 class DownloadBlobResponse(_message.Message):
+    """One chunk of a blob, in the order of the bytes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     OFFSET_FIELD_NUMBER: _builtins.int
@@ -536,13 +589,17 @@ Global___DownloadBlobResponse: _TypeAlias = DownloadBlobResponse  # noqa: Y015
 
 @_typing.final
 class UploadStatusRequest(_message.Message):
+    """A device asks where an upload stands."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TASK_ID_FIELD_NUMBER: _builtins.int
     UPDATE_ID_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
+    """The task the update belongs to."""
     update_id: _builtins.str
+    """The update, as the task names it."""
     digest: _builtins.str
     """Digest of the whole update; bytes held for another digest do not count."""
     def __init__(
@@ -562,6 +619,8 @@ Global___UploadStatusRequest: _TypeAlias = UploadStatusRequest  # noqa: Y015
 
 @_typing.final
 class UploadStatusResponse(_message.Message):
+    """Where an upload stands."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     OFFSET_FIELD_NUMBER: _builtins.int
@@ -597,14 +656,19 @@ class UploadHeader(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
+    """The task the update belongs to."""
     update_id: _builtins.str
+    """The update, as the task names it."""
     digest: _builtins.str
-    """Lower-case hexadecimal SHA-256 and size of the whole serialised TensorBundle."""
+    """Lower-case hexadecimal SHA-256 of the whole serialised TensorBundle."""
     total_size: _builtins.int
+    """Size of the whole serialised TensorBundle, bytes."""
     offset: _builtins.int
     """Where this stream starts; equals what UploadStatus answered."""
     @_builtins.property
-    def report(self) -> Global___TrainingReport: ...
+    def report(self) -> Global___TrainingReport:
+        """What the device measured while it worked; always set."""
+
     def __init__(
         self,
         *,
@@ -625,7 +689,7 @@ Global___UploadHeader: _TypeAlias = UploadHeader  # noqa: Y015
 
 @_typing.final
 class TrainingReport(_message.Message):
-    """Numbers a device measured while it worked; never data."""
+    """Numbers a device measured while it worked; never data. Zero means not measured."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -647,20 +711,27 @@ class TrainingReport(_message.Message):
     dataset_size: _builtins.int
     """Size of the local data set, in examples."""
     first_loss: _builtins.float
-    """Mean training loss over the first and the last step, and training accuracy over the task."""
+    """Mean training loss over the first step."""
     last_loss: _builtins.float
+    """Mean training loss over the last step."""
     accuracy: _builtins.float
+    """Share of the task's training examples classified rightly; in [0, 1]."""
     training_seconds: _builtins.float
-    """Seconds spent training, downloading."""
+    """Seconds spent training."""
     download_seconds: _builtins.float
+    """Seconds spent downloading."""
     peak_memory_bytes: _builtins.int
-    """Peak resident memory of the process, bytes, from the operating system; and its parts."""
+    """Peak resident memory of the process, bytes, from the operating system."""
     anonymous_memory_bytes: _builtins.int
+    """The part of it that is anonymous, not backed by files, bytes."""
     engine: _builtins.str
+    """Engine that ran the plan, for example "onnx"."""
     bytes_down: _builtins.int
+    """Bytes downloaded for the task; blobs already held do not count."""
     steps: _builtins.int
+    """Optimiser steps done."""
     rank: _builtins.int
-    """Rank after pruning, where the plan prunes."""
+    """Largest LoRA rank after the operations."""
     def __init__(
         self,
         *,
@@ -688,12 +759,15 @@ Global___TrainingReport: _TypeAlias = TrainingReport  # noqa: Y015
 
 @_typing.final
 class UploadChunk(_message.Message):
+    """One chunk of an update, in the order of the bytes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     CHUNK_DIGEST_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
+    """Position of the first byte of `data` in the update."""
     data: _builtins.bytes
     """At most 2 MiB."""
     chunk_digest: _builtins.bytes
@@ -715,14 +789,20 @@ Global___UploadChunk: _TypeAlias = UploadChunk  # noqa: Y015
 
 @_typing.final
 class UploadUpdateRequest(_message.Message):
+    """One message of an upload: the header first, then chunks."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def header(self) -> Global___UploadHeader: ...
+    def header(self) -> Global___UploadHeader:
+        """What follows; the first message and no other."""
+
     @_builtins.property
-    def chunk(self) -> Global___UploadChunk: ...
+    def chunk(self) -> Global___UploadChunk:
+        """The next bytes."""
+
     def __init__(
         self,
         *,
@@ -741,12 +821,14 @@ Global___UploadUpdateRequest: _TypeAlias = UploadUpdateRequest  # noqa: Y015
 
 @_typing.final
 class UploadUpdateResponse(_message.Message):
+    """Receipt of an update."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     UPDATE_ID_FIELD_NUMBER: _builtins.int
     DUPLICATE_FIELD_NUMBER: _builtins.int
     update_id: _builtins.str
-    """Receipt: the update is stored durably and will be counted exactly once."""
+    """The update is stored durably and will be counted exactly once."""
     duplicate: _builtins.bool
     """True when this update had been accepted before."""
     def __init__(
@@ -765,6 +847,8 @@ Global___UploadUpdateResponse: _TypeAlias = UploadUpdateResponse  # noqa: Y015
 
 @_typing.final
 class ReportEvaluationRequest(_message.Message):
+    """What a device measured on its own data."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -791,10 +875,12 @@ class ReportEvaluationRequest(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
+    """The task of kind "evaluate"."""
     examples: _builtins.int
+    """Number of those examples; at least 1."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Means over the device's own examples, and their number."""
+        """Means over the device's own examples by name, for example "accuracy"."""
 
     def __init__(
         self,
@@ -813,6 +899,8 @@ Global___ReportEvaluationRequest: _TypeAlias = ReportEvaluationRequest  # noqa: 
 
 @_typing.final
 class ReportEvaluationResponse(_message.Message):
+    """The report is stored."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -828,12 +916,15 @@ Global___ReportEvaluationResponse: _TypeAlias = ReportEvaluationResponse  # noqa
 
 @_typing.final
 class ReportFailureRequest(_message.Message):
+    """A task ended without an update."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TASK_ID_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
+    """The task that ended."""
     error: _builtins.str
     """Name of the SDK's error class, for example "OutOfMemoryError"."""
     message: _builtins.str
@@ -855,6 +946,8 @@ Global___ReportFailureRequest: _TypeAlias = ReportFailureRequest  # noqa: Y015
 
 @_typing.final
 class ReportFailureResponse(_message.Message):
+    """The task is released."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(

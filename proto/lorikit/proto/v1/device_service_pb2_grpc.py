@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class DeviceServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """The device's side of federated fine-tuning; every call starts on the device.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -77,7 +78,8 @@ class DeviceServiceStub(object):
 
 
 class DeviceServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """The device's side of federated fine-tuning; every call starts on the device.
+    """
 
     def Enrol(self, request, context):
         """Profile in, identity out. Idempotent by installation_id.
@@ -187,7 +189,8 @@ def add_DeviceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DeviceService(object):
-    """Missing associated documentation comment in .proto file."""
+    """The device's side of federated fine-tuning; every call starts on the device.
+    """
 
     @staticmethod
     def Enrol(request,

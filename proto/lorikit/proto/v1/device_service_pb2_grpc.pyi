@@ -33,6 +33,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class DeviceServiceStub:
+    """The device's side of federated fine-tuning; every call starts on the device."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
@@ -56,6 +58,8 @@ class DeviceServiceStub:
 
 @_typing.type_check_only
 class DeviceServiceAsyncStub(DeviceServiceStub):
+    """The device's side of federated fine-tuning; every call starts on the device."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Enrol: _aio.UnaryUnaryMultiCallable[_device_service_pb2.EnrolRequest, _device_service_pb2.EnrolResponse]  # type: ignore[assignment]
     """Profile in, identity out. Idempotent by installation_id."""
@@ -75,6 +79,8 @@ class DeviceServiceAsyncStub(DeviceServiceStub):
     """Tells the server that a task ended without an update, and why."""
 
 class DeviceServiceServicer(metaclass=_abc_1.ABCMeta):
+    """The device's side of federated fine-tuning; every call starts on the device."""
+
     @_abc_1.abstractmethod
     def Enrol(
         self,

@@ -23,6 +23,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class CreateRunRequest(_message.Message):
+    """Settings of a new run."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -47,6 +49,8 @@ Global___CreateRunRequest: _TypeAlias = CreateRunRequest  # noqa: Y015
 
 @_typing.final
 class RunSummary(_message.Message):
+    """Where a run stands."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: _builtins.int
@@ -58,12 +62,17 @@ class RunSummary(_message.Message):
     METRIC_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
+    """Identity of the run; unique on the server."""
     name: _builtins.str
+    """Name the operator gave it; unique on the server."""
     method: _builtins.str
+    """Name of the federated method."""
     state: _builtins.str
     """"preparing", "running", "finished", "stopped" or "failed"."""
     round: _builtins.int
+    """Rounds completed."""
     rounds: _builtins.int
+    """Rounds of the whole run."""
     metric: _builtins.float
     """Last measured metric; NaN before the first."""
     message: _builtins.str
@@ -90,6 +99,8 @@ Global___RunSummary: _TypeAlias = RunSummary  # noqa: Y015
 
 @_typing.final
 class ListRunsRequest(_message.Message):
+    """Asks for every run."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -105,11 +116,15 @@ Global___ListRunsRequest: _TypeAlias = ListRunsRequest  # noqa: Y015
 
 @_typing.final
 class ListRunsResponse(_message.Message):
+    """Every run."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RUNS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunSummary]: ...
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunSummary]:
+        """The runs, each once."""
+
     def __init__(
         self,
         *,
@@ -125,10 +140,13 @@ Global___ListRunsResponse: _TypeAlias = ListRunsResponse  # noqa: Y015
 
 @_typing.final
 class GetRunRequest(_message.Message):
+    """Asks for one run."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
+    """Identity or name of the run."""
     def __init__(
         self,
         *,
@@ -144,6 +162,8 @@ Global___GetRunRequest: _TypeAlias = GetRunRequest  # noqa: Y015
 
 @_typing.final
 class RunReport(_message.Message):
+    """One run with all its rounds."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SUMMARY_FIELD_NUMBER: _builtins.int
@@ -151,7 +171,9 @@ class RunReport(_message.Message):
     report_json: _builtins.str
     """The content of report.json so far."""
     @_builtins.property
-    def summary(self) -> Global___RunSummary: ...
+    def summary(self) -> Global___RunSummary:
+        """Where it stands."""
+
     def __init__(
         self,
         *,
@@ -168,11 +190,14 @@ Global___RunReport: _TypeAlias = RunReport  # noqa: Y015
 
 @_typing.final
 class WatchRunRequest(_message.Message):
+    """Asks for the events of one run."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: _builtins.int
     FROM_SEQUENCE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
+    """Identity or name of the run."""
     from_sequence: _builtins.int
     """Number of the first event wanted; 0 for all."""
     def __init__(
@@ -191,6 +216,8 @@ Global___WatchRunRequest: _TypeAlias = WatchRunRequest  # noqa: Y015
 
 @_typing.final
 class RunEvent(_message.Message):
+    """Something that happened in a run."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
@@ -198,6 +225,7 @@ class RunEvent(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     FACTS_JSON_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
+    """Number of the event within its run; ascending."""
     time: _builtins.float
     """Seconds since the epoch."""
     kind: _builtins.str
@@ -222,11 +250,14 @@ Global___RunEvent: _TypeAlias = RunEvent  # noqa: Y015
 
 @_typing.final
 class StopRunRequest(_message.Message):
+    """Asks for the end of a run."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: _builtins.int
     AT_ONCE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
+    """Identity or name of the run."""
     at_once: _builtins.bool
     """True: do not wait for the round in progress."""
     def __init__(
@@ -245,10 +276,13 @@ Global___StopRunRequest: _TypeAlias = StopRunRequest  # noqa: Y015
 
 @_typing.final
 class ListAdaptersRequest(_message.Message):
+    """Asks for the adapters of one run."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
+    """Identity or name of the run."""
     def __init__(
         self,
         *,
@@ -264,12 +298,14 @@ Global___ListAdaptersRequest: _TypeAlias = ListAdaptersRequest  # noqa: Y015
 
 @_typing.final
 class ListAdaptersResponse(_message.Message):
+    """Adapter folders a run has written."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """For example "round-0003/rank-8" or "final/rank-8"."""
+        """Their names, for example "round-0003/rank-8" or "final/rank-8"."""
 
     def __init__(
         self,
@@ -286,12 +322,16 @@ Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
 
 @_typing.final
 class FetchAdapterRequest(_message.Message):
+    """Asks for the files of one adapter folder."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
+    """Identity or name of the run."""
     name: _builtins.str
+    """Name of the folder, as ListAdapters has it."""
     def __init__(
         self,
         *,
@@ -308,6 +348,8 @@ Global___FetchAdapterRequest: _TypeAlias = FetchAdapterRequest  # noqa: Y015
 
 @_typing.final
 class FileChunk(_message.Message):
+    """One chunk of a file; files follow one another, each in the order of its bytes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     FILE_FIELD_NUMBER: _builtins.int
@@ -318,8 +360,11 @@ class FileChunk(_message.Message):
     file: _builtins.str
     """File name within the folder, without directories."""
     offset: _builtins.int
+    """Position of the first byte of `data` in the file."""
     data: _builtins.bytes
+    """At most 2 MiB."""
     total_size: _builtins.int
+    """Size of the whole file, bytes; the same in each of its chunks."""
     digest: _builtins.str
     """SHA-256 of the whole file, lower-case hexadecimal; set in its last chunk."""
     def __init__(

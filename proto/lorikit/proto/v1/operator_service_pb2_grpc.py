@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class OperatorServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """The operator's side: start, watch and stop runs, fetch what they made.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -72,7 +73,8 @@ class OperatorServiceStub(object):
 
 
 class OperatorServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """The operator's side: start, watch and stop runs, fetch what they made.
+    """
 
     def CreateRun(self, request, context):
         """Starts a run; idempotent by name.
@@ -82,7 +84,8 @@ class OperatorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListRuns(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Every run of the server.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -169,7 +172,8 @@ def add_OperatorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class OperatorService(object):
-    """Missing associated documentation comment in .proto file."""
+    """The operator's side: start, watch and stop runs, fetch what they made.
+    """
 
     @staticmethod
     def CreateRun(request,

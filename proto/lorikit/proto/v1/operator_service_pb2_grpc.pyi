@@ -30,6 +30,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class OperatorServiceStub:
+    """The operator's side: start, watch and stop runs, fetch what they made."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
@@ -37,6 +39,7 @@ class OperatorServiceStub:
     CreateRun: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.CreateRunRequest, _operator_service_pb2.RunSummary]
     """Starts a run; idempotent by name."""
     ListRuns: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.ListRunsRequest, _operator_service_pb2.ListRunsResponse]
+    """Every run of the server."""
     GetRun: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.GetRunRequest, _operator_service_pb2.RunReport]
     """One run with all its rounds, as report.json has it."""
     WatchRun: _grpc.UnaryStreamMultiCallable[_operator_service_pb2.WatchRunRequest, _operator_service_pb2.RunEvent]
@@ -50,10 +53,13 @@ class OperatorServiceStub:
 
 @_typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
+    """The operator's side: start, watch and stop runs, fetch what they made."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateRun: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.CreateRunRequest, _operator_service_pb2.RunSummary]  # type: ignore[assignment]
     """Starts a run; idempotent by name."""
     ListRuns: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListRunsRequest, _operator_service_pb2.ListRunsResponse]  # type: ignore[assignment]
+    """Every run of the server."""
     GetRun: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.GetRunRequest, _operator_service_pb2.RunReport]  # type: ignore[assignment]
     """One run with all its rounds, as report.json has it."""
     WatchRun: _aio.UnaryStreamMultiCallable[_operator_service_pb2.WatchRunRequest, _operator_service_pb2.RunEvent]  # type: ignore[assignment]
@@ -66,6 +72,8 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     """The files of one adapter folder, in chunks of at most 2 MiB."""
 
 class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
+    """The operator's side: start, watch and stop runs, fetch what they made."""
+
     @_abc_1.abstractmethod
     def CreateRun(
         self,
@@ -79,7 +87,8 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _operator_service_pb2.ListRunsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_operator_service_pb2.ListRunsResponse, _abc.Awaitable[_operator_service_pb2.ListRunsResponse]]: ...
+    ) -> _typing.Union[_operator_service_pb2.ListRunsResponse, _abc.Awaitable[_operator_service_pb2.ListRunsResponse]]:
+        """Every run of the server."""
 
     @_abc_1.abstractmethod
     def GetRun(

@@ -32,15 +32,25 @@ class Value(_message.Message):
     INTEGERS_FIELD_NUMBER: _builtins.int
     TEXTS_FIELD_NUMBER: _builtins.int
     number: _builtins.float
+    """A real number."""
     integer: _builtins.int
+    """A whole number."""
     text: _builtins.str
+    """A text."""
     flag: _builtins.bool
+    """True or false."""
     @_builtins.property
-    def numbers(self) -> Global___NumberList: ...
+    def numbers(self) -> Global___NumberList:
+        """Real numbers, in order."""
+
     @_builtins.property
-    def integers(self) -> Global___IntegerList: ...
+    def integers(self) -> Global___IntegerList:
+        """Whole numbers, in order."""
+
     @_builtins.property
-    def texts(self) -> Global___TextList: ...
+    def texts(self) -> Global___TextList:
+        """Texts, in order."""
+
     def __init__(
         self,
         *,
@@ -64,11 +74,15 @@ Global___Value: _TypeAlias = Value  # noqa: Y015
 
 @_typing.final
 class NumberList(_message.Message):
+    """Real numbers, in order."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ITEMS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def items(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def items(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The numbers; may be empty."""
+
     def __init__(
         self,
         *,
@@ -84,11 +98,15 @@ Global___NumberList: _TypeAlias = NumberList  # noqa: Y015
 
 @_typing.final
 class IntegerList(_message.Message):
+    """Whole numbers, in order."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ITEMS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def items(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def items(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The numbers; may be empty."""
+
     def __init__(
         self,
         *,
@@ -104,11 +122,15 @@ Global___IntegerList: _TypeAlias = IntegerList  # noqa: Y015
 
 @_typing.final
 class TextList(_message.Message):
+    """Texts, in order."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ITEMS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def items(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def items(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The texts; may be empty."""
+
     def __init__(
         self,
         *,
@@ -196,8 +218,9 @@ class Optimizer(_message.Message):
     learning_rate: _builtins.float
     """Step size at the start of the phase; above zero."""
     beta1: _builtins.float
-    """AdamW decay rates of the first and second moment; in [0, 1)."""
+    """AdamW decay rate of the first moment; in [0, 1)."""
     beta2: _builtins.float
+    """AdamW decay rate of the second moment; in [0, 1)."""
     epsilon: _builtins.float
     """AdamW denominator offset; above zero."""
     weight_decay: _builtins.float
@@ -282,7 +305,9 @@ class Phase(_message.Message):
         """Names of the tensors that move; each must be trained by the package's graph."""
 
     @_builtins.property
-    def optimizer(self) -> Global___Optimizer: ...
+    def optimizer(self) -> Global___Optimizer:
+        """How the tensors move; always set."""
+
     @_builtins.property
     def learning_rate_factors(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Learning-rate factor by tensor role ("lora_A", "lora_B", "head"); 1 where absent."""
@@ -363,7 +388,9 @@ class Plan(_message.Message):
         """Values of the graph's scalar inputs by name, for example "lora_scale"."""
 
     @_builtins.property
-    def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Phase]: ...
+    def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Phase]:
+        """Stretches of training, in order; empty where only operations are wanted."""
+
     @_builtins.property
     def operations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Operation]:
         """Operations after training, in order, for example "prune_tail"."""
@@ -414,11 +441,15 @@ class PlanFacts(_message.Message):
     PREDICTED_PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     DEVICE_CLASS_FIELD_NUMBER: _builtins.int
     precision: _builtins.str
+    """Precision of the base in the package, for example "nf4"."""
     rank: _builtins.int
+    """Largest LoRA rank among the modules."""
     micro_batch: _builtins.int
+    """Examples per run of the graph."""
     predicted_peak_memory_bytes: _builtins.int
     """Predicted peak resident memory of the whole process, bytes."""
     device_class: _builtins.str
+    """Class the server counts the device in."""
     @_builtins.property
     def trained_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Layers whose adapters are trained, counted from the input."""

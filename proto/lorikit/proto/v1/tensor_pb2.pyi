@@ -77,7 +77,9 @@ class Tensor(_message.Message):
         """Shape after decoding; the decoded element type is float32."""
 
     @_builtins.property
-    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorPart]: ...
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorPart]:
+        """Arrays the codec made, in any order; no two share a name."""
+
     def __init__(
         self,
         *,
@@ -126,7 +128,9 @@ class TensorBundle(_message.Message):
     format: _builtins.int
     """Format of this message; 1 today. Checked before any other field."""
     @_builtins.property
-    def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]: ...
+    def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
+        """The tensors, sorted by name; no two share one."""
+
     @_builtins.property
     def scalars(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Numbers that belong to the set, by name (for example "examples")."""
