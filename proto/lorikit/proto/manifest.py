@@ -2,10 +2,8 @@
 """The manifest of a package: which blobs it is made of and what is in them.
 
 A manifest is canonical JSON (sorted keys, no spaces), so equal packages have equal digests. Graph
-files name
-their weight blobs by digest as external data; a device keeps all blobs in one flat folder and
-opens the
-graph there.
+files name their weight blobs by digest as external data; a device keeps all blobs in one flat
+folder and opens the graph there.
 """
 
 from __future__ import annotations
@@ -16,12 +14,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 MANIFEST_FORMAT = 1
 """Manifest format that this version writes, and the highest it reads."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_HUGE = 10**300
+"""Facts lie below it: JSON knows whole numbers that no float can hold."""
 
 
 class ManifestError(ValueError):
@@ -75,6 +74,10 @@ class WeightTensor:
     blob: str
     """Digest of the blob that holds its parts."""
 
+    def __post_init__(self) -> None:
+        if not is_digest(self.blob):
+            raise ManifestError(f"weight {self.name!r}: not a SHA-256 digest: {self.blob[:80]!r}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graph:
@@ -87,8 +90,7 @@ class Graph:
     blob: BlobRef
     inputs: tuple[str, ...]
     """Names of all inputs: ``input_ids``, ``attention_mask``, ``labels``, ``weights``, scalar
-    inputs of
-    the plan, and adapter tensors."""
+    inputs of the plan, and adapter tensors."""
     outputs: tuple[str, ...]
 
 
@@ -118,8 +120,7 @@ class Manifest:
     layer_count: int
     precision: str
     """Requested precision of the base (``nf4``, ``int8``, ``fp16``, ``fp32``); what each tensor
-    really is
-    stands in ``weights``."""
+    really is stands in ``weights``."""
     kept_layers: tuple[int, ...]
     lowest_trained_layer: int
     """Layers below it get no gradient; ``layer_count`` when only the head is trained."""
@@ -132,8 +133,7 @@ class Manifest:
     """A ``tokenizer.json``."""
     probe: BlobRef | None
     """A bundle with one batch, an adapter, and the loss and gradients torch + PEFT gives for it; a
-    device
-    compares its own engine with it before the first use."""
+    device compares its own engine with it before the first use."""
     facts: Mapping[str, float] = field(default_factory=dict)
     """Measured and predicted numbers by name, for reports: parameters, FLOPs per token, bytes."""
 
@@ -141,6 +141,15 @@ class Manifest:
         if self.format != MANIFEST_FORMAT:
             raise ManifestError(
                 f"manifest format {self.format} is not {MANIFEST_FORMAT}; update the SDK"
+            )
+        if not 0 <= self.lowest_trained_layer <= self.layer_count:
+            raise ManifestError(
+                f"lowest_trained_layer must lie in 0..{self.layer_count}, "
+                f"got {self.lowest_trained_layer}"
+            )
+        if not all(0 <= layer < self.layer_count for layer in self.kept_layers):
+            raise ManifestError(
+                f"kept_layers must lie below layer_count {self.layer_count}, got {self.kept_layers}"
             )
 
     def blobs(self) -> tuple[BlobRef, ...]:
@@ -171,70 +180,186 @@ def digest_of(data: bytes) -> str:
 
 
 def dump(manifest: Manifest) -> bytes:
-    """Canonical JSON of the manifest."""
+    """Canonical JSON of the manifest.
+
+    Raises:
+        ManifestError: A fact that is not a finite number.
+    """
     fields = dataclasses.asdict(manifest)
-    return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    fields["facts"] = {name: float(value) for name, value in manifest.facts.items()}
+    try:
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError as error:
+        raise ManifestError(f"facts must be finite, got {dict(manifest.facts)}") from error
 
 
 def load(data: bytes) -> Manifest:
     """Parse and check a manifest.
 
     Raises:
-        ManifestError: Not JSON, a newer format, a field that is missing, unknown or of the wrong
-        type.
+        ManifestError: Not JSON, another format (checked first), a field that is missing, unknown,
+            of the wrong type or out of range; the message names the field.
     """
     try:
-        fields = json.loads(data)
+        fields = json.loads(data, parse_constant=_refuse_constant)
+    except ManifestError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ManifestError("bytes are not a JSON manifest") from error
     if not isinstance(fields, dict):
         raise ManifestError("manifest is not a JSON object")
     if fields.get("format") != MANIFEST_FORMAT:
         raise ManifestError(
-            f"manifest format {fields.get('format')!r} is not {MANIFEST_FORMAT}; update the SDK"
+            f"manifest format {fields.get('format')!r:.80} is not {MANIFEST_FORMAT}; update the SDK"
         )
-    try:
-        return _manifest(fields)
-    except ManifestError:
-        raise
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ManifestError(f"manifest breaks its own rules: {error}") from error
+    return _manifest(fields)
 
 
-def _manifest(fields: dict[str, Any]) -> Manifest:
-    known = {f.name for f in dataclasses.fields(Manifest)}
-    plain = {name: value for name, value in fields.items() if name in known}
-    plain["task"] = Task(**{**fields["task"], "labels": _texts(fields["task"]["labels"])})
-    plain["graphs"] = tuple(
-        Graph(
-            **{
-                **graph,
-                "blob": BlobRef(**graph["blob"]),
-                "inputs": _texts(graph["inputs"]),
-                "outputs": _texts(graph["outputs"]),
-            }
-        )
-        for graph in fields["graphs"]
+_Fields = Mapping[str, object]
+
+
+def _manifest(value: object) -> Manifest:
+    fields = _object(value, Manifest)
+    return Manifest(
+        format=_whole(fields, "format"),
+        model=_text(fields, "model"),
+        model_digest=_text(fields, "model_digest"),
+        architecture=_text(fields, "architecture"),
+        layer_count=_whole(fields, "layer_count"),
+        precision=_text(fields, "precision"),
+        kept_layers=_wholes(fields, "kept_layers"),
+        lowest_trained_layer=_whole(fields, "lowest_trained_layer"),
+        task=_task(fields["task"]),
+        graphs=tuple(_graph(item) for item in _items(fields, "graphs")),
+        adapter=tuple(_adapter_tensor(item) for item in _items(fields, "adapter")),
+        weights=tuple(_weight_tensor(item) for item in _items(fields, "weights")),
+        weight_blobs=tuple(_blob(item) for item in _items(fields, "weight_blobs")),
+        tokenizer=_optional_blob(fields["tokenizer"]),
+        probe=_optional_blob(fields["probe"]),
+        facts=_numbers(fields, "facts"),
     )
-    plain["adapter"] = tuple(
-        AdapterTensor(**{**t, "shape": tuple(t["shape"])}) for t in fields["adapter"]
+
+
+def _task(value: object) -> Task:
+    fields = _object(value, Task)
+    return Task(
+        kind=_text(fields, "kind"),
+        labels=_texts(fields, "labels"),
+        text_column=_text(fields, "text_column"),
+        label_column=_text(fields, "label_column"),
     )
-    plain["weights"] = tuple(
-        WeightTensor(**{**w, "shape": tuple(w["shape"])}) for w in fields["weights"]
+
+
+def _graph(value: object) -> Graph:
+    fields = _object(value, Graph)
+    return Graph(
+        name=_text(fields, "name"),
+        runtime=_text(fields, "runtime"),
+        blob=_blob(fields["blob"]),
+        inputs=_texts(fields, "inputs"),
+        outputs=_texts(fields, "outputs"),
     )
-    plain["weight_blobs"] = tuple(BlobRef(**b) for b in fields["weight_blobs"])
-    plain["tokenizer"] = _optional_blob(fields["tokenizer"])
-    plain["probe"] = _optional_blob(fields["probe"])
-    plain["kept_layers"] = tuple(int(layer) for layer in fields["kept_layers"])
-    plain["facts"] = {str(name): float(value) for name, value in fields.get("facts", {}).items()}
-    return Manifest(**plain)
 
 
-def _optional_blob(fields: dict[str, Any] | None) -> BlobRef | None:
-    return None if fields is None else BlobRef(**fields)
+def _adapter_tensor(value: object) -> AdapterTensor:
+    fields = _object(value, AdapterTensor)
+    trained = fields["trained"]
+    if not isinstance(trained, bool):
+        raise _wrong("trained", "true or false", trained)
+    return AdapterTensor(
+        name=_text(fields, "name"),
+        role=_text(fields, "role"),
+        module=_text(fields, "module"),
+        layer=_whole(fields, "layer", least=-1),
+        shape=tuple(
+            "rank" if length == "rank" else _checked_whole("shape", length)
+            for length in _items(fields, "shape")
+        ),
+        trained=trained,
+    )
 
 
-def _texts(values: object) -> tuple[str, ...]:
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ManifestError(f"expected a list of texts, got {values!r:.80}")
-    return tuple(values)
+def _weight_tensor(value: object) -> WeightTensor:
+    fields = _object(value, WeightTensor)
+    return WeightTensor(
+        name=_text(fields, "name"),
+        codec=_text(fields, "codec"),
+        shape=_wholes(fields, "shape"),
+        nbytes=_whole(fields, "nbytes"),
+        blob=_text(fields, "blob"),
+    )
+
+
+def _blob(value: object) -> BlobRef:
+    fields = _object(value, BlobRef)
+    return BlobRef(digest=_text(fields, "digest"), size=_whole(fields, "size"))
+
+
+def _optional_blob(value: object) -> BlobRef | None:
+    return None if value is None else _blob(value)
+
+
+def _object(value: object, kind: type) -> _Fields:
+    if not isinstance(value, dict):
+        raise _wrong(kind.__name__, "an object", value)
+    names = {field.name for field in dataclasses.fields(kind)}
+    if value.keys() != names:
+        missing, unknown = sorted(names - value.keys()), sorted(value.keys() - names)
+        raise ManifestError(f"{kind.__name__}: missing fields {missing}, unknown {unknown!r:.200}")
+    return value
+
+
+def _items(fields: _Fields, name: str) -> list[object]:
+    value = fields[name]
+    if not isinstance(value, list):
+        raise _wrong(name, "a list", value)
+    return value
+
+
+def _text(fields: _Fields, name: str) -> str:
+    return _checked_text(name, fields[name])
+
+
+def _texts(fields: _Fields, name: str) -> tuple[str, ...]:
+    return tuple(_checked_text(name, item) for item in _items(fields, name))
+
+
+def _whole(fields: _Fields, name: str, *, least: int = 0) -> int:
+    return _checked_whole(name, fields[name], least=least)
+
+
+def _wholes(fields: _Fields, name: str) -> tuple[int, ...]:
+    return tuple(_checked_whole(name, item) for item in _items(fields, name))
+
+
+def _numbers(fields: _Fields, name: str) -> dict[str, float]:
+    value = fields[name]
+    if not isinstance(value, dict):
+        raise _wrong(name, "an object", value)
+    return {key: _checked_number(f"{name}[{key!r:.80}]", item) for key, item in value.items()}
+
+
+def _checked_text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise _wrong(name, "a text", value)
+    return value
+
+
+def _checked_whole(name: str, value: object, *, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise _wrong(name, f"a whole number of at least {least}", value)
+    return value
+
+
+def _checked_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _HUGE:
+        raise _wrong(name, "a finite number", value)
+    return float(value)
+
+
+def _refuse_constant(text: str) -> float:
+    raise ManifestError(f"{text} is not a number of a manifest")
+
+
+def _wrong(name: str, wanted: str, value: object) -> ManifestError:
+    return ManifestError(f"{name} must be {wanted}, got {value!r:.80}")

@@ -2,8 +2,7 @@
 """The plan: what one device is asked to do in one round, as typed data.
 
 The device runs a plan with a small fixed vocabulary. ``OPERATIONS`` lists that vocabulary with
-versions;
-an operation or a plan version that the device lacks is refused, never guessed.
+versions; an operation or a plan version that the device lacks is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -28,11 +27,9 @@ OPERATIONS: Mapping[str, int] = {
 ``tail_penalty`` (gradient operation): adds the gradient of HETLORA's penalty. Arguments: ``weight``
 (lambda), ``keep`` (gamma), ``min_rank``.
 ``prune_tail`` (after training): drops the tail ranks if their score fell. Arguments: ``keep``
-(gamma),
-``min_rank``.
+(gamma), ``min_rank``.
 ``class_sums`` (after training, or alone): per-class sums of the head's input features and counts
-over the
-local data. Arguments: ``max_examples`` (0 for all).
+over the local data. Arguments: ``max_examples`` (0 for all).
 """
 
 
@@ -115,6 +112,12 @@ class Phase:
                 f"phase {self.name!r}: micro_batch must lie in 1..{self.batch_size} (batch_size), "
                 f"got {self.micro_batch}"
             )
+        for role, factor in self.learning_rate_factors.items():
+            if not (factor >= 0 and math.isfinite(factor)):
+                raise PlanError(
+                    f"phase {self.name!r}: learning_rate_factors[{role!r}] must be at least 0, "
+                    f"got {factor}"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,3 +160,6 @@ class Plan:
             raise PlanError("plan does nothing: it has neither phases nor operations")
         if self.max_length < 1:
             raise PlanError(f"max_length must be at least 1, got {self.max_length}")
+        for name, value in self.inputs.items():
+            if not math.isfinite(value):
+                raise PlanError(f"inputs[{name!r}] must be finite, got {value}")

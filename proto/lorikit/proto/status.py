@@ -2,10 +2,8 @@
 """The one table of errors: code -> (gRPC status, public sentence).
 
 The server raises an error with a code; the service turns it into the status and the sentence, and
-puts the
-code into the trailing metadata; the device turns the code back into one of its own errors. Details
-stay in
-the server's log.
+puts the code into the trailing metadata; the device turns the code back into one of its own errors.
+Details stay in the server's log.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 """Named, encoded tensors and their wire form.
 
 Nothing here trusts the bytes: format, names, element types, shapes and lengths are checked before
-an
-array is made, and an array never outlives the bytes it came from by surprise (it is a copy).
+an array is made, and an array never outlives the bytes it came from by surprise (it is a copy).
 """
 
 from __future__ import annotations
@@ -38,6 +37,9 @@ _DTYPES = {
         "float32", "float16", "int8", "uint8", "int32", "int64", "uint16", "uint32", "bool",
     )
 }  # fmt: skip
+
+_MAX_ELEMENTS = 1 << 40
+"""Most elements of a shape, counting empty axes as one: what any platform can address."""
 
 
 class MalformedTensorError(ValueError):
@@ -144,6 +146,8 @@ def checked_shape(name: str, shape: object) -> tuple[int, ...]:
         raise MalformedTensorError(f"{name}: {len(lengths)} axes exceed {MAX_TENSOR_RANK}")
     if any(length < 0 for length in lengths):
         raise MalformedTensorError(f"{name}: negative length in shape {lengths}")
+    if math.prod(max(length, 1) for length in lengths) > _MAX_ELEMENTS:
+        raise MalformedTensorError(f"{name}: shape {lengths} exceeds {_MAX_ELEMENTS} elements")
     return lengths
 
 
@@ -156,5 +160,7 @@ def _array(name: str, part: tensor_pb2.TensorPart) -> Array:
         raise MalformedTensorError(
             f"{name}: {len(part.data)} bytes do not hold shape {shape} of {part.dtype}"
         )
+    if part.dtype == "bool" and part.data.translate(None, b"\x00\x01"):
+        raise MalformedTensorError(f"{name}: a bool is neither 0 nor 1")
     values = np.frombuffer(part.data, dtype=dtype).reshape(shape)
     return values.astype(dtype.newbyteorder("="))
