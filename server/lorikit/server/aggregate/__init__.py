@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few primitives that methods share."""
+"""The few primitives that methods share: pure functions of arrays, summed in float64."""

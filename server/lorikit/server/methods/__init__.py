@@ -1,2 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Federated methods: one a file."""
+"""Federated methods: one a file.
+
+``METHODS`` is for configuration that is text; programs make the objects themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lorikit.server.methods.base import Method
+from lorikit.server.methods.fedit import FedIT, FedITConfig
+from lorikit.server.methods.fedra import FedRA, FedRAConfig
+from lorikit.server.methods.flexlora import FlexLoRA, FlexLoRAConfig
+from lorikit.server.methods.hetlora import HetLoRA, HetLoRAConfig
+from lorikit.server.methods.legend import Legend, LegendConfig
+
+METHODS: Mapping[str, type[Method]] = {
+    "fedit": FedIT,
+    "fedra": FedRA,
+    "flexlora": FlexLoRA,
+    "hetlora": HetLoRA,
+    "legend": Legend,
+}
+"""Method class by name."""
+
+CONFIGS: Mapping[str, type[Any]] = {
+    "fedit": FedITConfig,
+    "fedra": FedRAConfig,
+    "flexlora": FlexLoRAConfig,
+    "hetlora": HetLoRAConfig,
+    "legend": LegendConfig,
+}
+"""Configuration class by name of the method."""
+
+
+def build_method(
+    name: str,
+    options: Mapping[str, object] | None = None,
+    *,
+    scale: float = 2.0,
+    min_rank: int | None = None,
+    local_steps: int | None = None,
+) -> Method:
+    """The method of that name with those options.
+
+    Args:
+        name: A name of ``METHODS``.
+        options: Fields of the method's configuration; they win over the arguments below.
+        scale: LoRA scale s of the run.
+        min_rank: Smallest rank of the run, for methods with mixed ranks; None for the default.
+        local_steps: Optimiser steps a round, for methods that reckon with time.
+
+    Raises:
+        ValueError: Unknown method, unknown option, or a bad value; the message names what is known.
+    """
+    if name not in METHODS:
+        raise ValueError(f"no method {name!r}; there are: {', '.join(sorted(METHODS))}")
+    fields = {field.name: field for field in dataclasses.fields(CONFIGS[name])}
+    given = dict(options or {})
+    unknown = sorted(set(given) - set(fields))
+    if unknown:
+        raise ValueError(
+            f"{name} has no option {', '.join(unknown)}; it has: {', '.join(sorted(fields))}"
+        )
+    run = {"scale": scale, "min_rank": min_rank, "local_steps": local_steps}
+    values: dict[str, object] = {
+        key: value for key, value in run.items() if key in fields and value is not None
+    }
+    values |= {key: _typed(name, fields[key], value) for key, value in given.items()}
+    try:
+        config = CONFIGS[name](**values)
+    except ValueError as error:
+        raise ValueError(f"options of {name}: {error}") from error
+    method: Method = METHODS[name](config)  # type: ignore[call-arg]  # every one takes its config
+    return method
+
+
+def _typed(method: str, field: dataclasses.Field[Any], value: object) -> object:
+    """The value, if its type is that of the field's default; integers count as floats too."""
+    wanted = type(field.default)
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted:
+        raise ValueError(
+            f"option {field.name} of {method} must be a {wanted.__name__}, got {value!r}"
+        )
+    return value
