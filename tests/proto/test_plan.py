@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan that breaks a rule is refused with the field and the value in the message."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from lorikit.proto.plan import Operation, OptimizerConfig, Phase, Plan, PlanError
+
+
+def phase(**changes: object) -> Phase:
+    fields = {"train": ("a",), "steps": 3, "batch_size": 8, "micro_batch": 2, **changes}
+    return Phase(**fields)  # type: ignore[arg-type]  # wrong ones on purpose
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"name": "adam"}, "optimizer.name must be adamw or sgd, got 'adam'"),
+        ({"name": ""}, "got ''"),
+        ({"schedule": "step"}, "optimizer.schedule is unknown: 'step'"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate must be positive, got nan"),
+        ({"learning_rate": math.inf}, "learning_rate must be positive, got inf"),
+        ({"beta1": 1.0}, r"optimizer.beta1 must lie in \[0, 1\), got 1.0"),
+        ({"beta2": -0.1}, "optimizer.beta2"),
+        ({"momentum": math.nan}, "optimizer.momentum"),
+        ({"epsilon": 0.0}, "optimizer.epsilon must be positive"),
+        ({"weight_decay": -1.0}, "optimizer.weight_decay must be at least 0, got -1.0"),
+        ({"clip_norm": math.inf}, "optimizer.clip_norm"),
+        ({"warmup_steps": -1}, "optimizer.warmup_steps"),
+    ],
+)
+def test_optimizer_out_of_range_is_refused(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(PlanError, match=reason):
+        dataclasses.replace(OptimizerConfig(), **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"train": ()}, "phase 'train' trains nothing"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"micro_batch": 0}, "micro_batch must lie in 1..8"),
+        ({"micro_batch": 9}, r"micro_batch must lie in 1..8 \(batch_size\), got 9"),
+        ({"batch_size": 0}, "micro_batch must lie in 1..0"),
+        ({"learning_rate_factors": {"lora_B": math.nan}}, r"factors\['lora_B'\].*got nan"),
+        ({"learning_rate_factors": {"head": -1.0}}, r"factors\['head'\].*got -1.0"),
+    ],
+)
+def test_phase_out_of_range_is_refused(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(PlanError, match=reason):
+        phase(**changes)
+
+
+def test_plan_of_another_version_is_refused() -> None:
+    with pytest.raises(PlanError, match="plan version 2 is not 1; update the SDK"):
+        Plan(version=2, method="fedit", phases=(phase(),))
+
+
+def test_plan_that_does_nothing_is_refused() -> None:
+    with pytest.raises(PlanError, match="neither phases nor operations"):
+        Plan(method="fedit")
+
+
+def test_plan_of_operations_alone_is_accepted() -> None:
+    plan = Plan(method="fedit", operations=(Operation(name="class_sums"),))
+
+    assert plan.phases == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"inputs": {"lora_scale": math.inf}}, r"inputs\['lora_scale'\] must be finite, got inf"),
+    ],
+)
+def test_plan_out_of_range_is_refused(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(PlanError, match=reason):
+        dataclasses.replace(Plan(method="fedit", phases=(phase(),)), **changes)  # type: ignore[arg-type]
