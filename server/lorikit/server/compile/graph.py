@@ -64,7 +64,9 @@ class Graph:
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
     shapes: dict[str, Shape] = field(default_factory=dict)
-    """Known shapes of float values; symbols are names such as ``batch``."""
+    """Known shapes of values; symbols are names such as ``batch``."""
+    dtypes: dict[str, np.dtype[np.generic]] = field(default_factory=dict)
+    """Element types of values that are not float32, as far as they matter for memory."""
     _count: int = 0
 
     def copy(self) -> Graph:
@@ -80,6 +82,7 @@ class Graph:
             list(self.inputs),
             list(self.outputs),
             dict(self.shapes),
+            dict(self.dtypes),
             self._count,
         )
 

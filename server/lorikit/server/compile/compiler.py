@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiler: one base model and task in, verified packages out."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from lorikit.proto.manifest import BlobRef, Manifest, Task, dump
+from lorikit.proto.tensors import Float32, Tensors
+from lorikit.server.compile.export import Model, export_forward, load_model
+from lorikit.server.compile.graph import Graph
+from lorikit.server.compile.memory import peak_memory
+from lorikit.server.compile.onnx_format import to_onnx
+from lorikit.server.compile.package import (
+    Package,
+    Variant,
+    adapter_of,
+    manifest_graph,
+    prediction_graph,
+    probe_bundle,
+    training_graph,
+    with_base,
+)
+from lorikit.server.compile.tokens import Tokenizer
+from lorikit.server.compile.verify import check_predict_graph, check_train_graph, make_probe
+from lorikit.server.compile.weights import Base, frozen_weights, store_base
+from lorikit.server.errors import UnsupportedModelError
+from lorikit.server.methods.base import AdapterSpace
+from lorikit.server.store.blobs import FolderBlobs
+
+Progress = Callable[[str], None]
+
+
+class Compiler:
+    """Packages of one base model for one task; safe for use by several threads.
+
+    The model is exported once; each variant (precision, depth, kept layers, runtime) is a few passes over the graph,
+    verified against torch + PEFT, published into ``blobs`` and remembered.
+    """
+
+    def __init__(
+        self,
+        model_folder: Path,
+        task: Task,
+        *,
+        targets: Sequence[str],
+        blobs: FolderBlobs,
+        progress: Progress | None = None,
+    ) -> None:
+        """Load and export the model.
+
+        Args:
+            model_folder: Local Hugging Face folder.
+            task: What it is trained for.
+            targets: Linear modules that get LoRA, by name, for example ``("query", "value")``.
+            blobs: Where artefacts are published.
+            progress: Called with a sentence before each long step.
+
+        Raises:
+            UnsupportedModelError: The folder cannot be compiled; says what would be needed.
+        """
+        self._say = progress or (lambda _: None)
+        self._folder = Path(model_folder)
+        self._task = task
+        self._blobs = blobs
+        self._lock = threading.RLock()
+        self._bases: dict[str, Base] = {}
+        self._packages: dict[Variant, Package] = {}
+        self._graphs: dict[Variant, Graph] = {}
+        self._sessions: dict[tuple[int, ...], onnxruntime.InferenceSession] = {}
+        self._say(f"loading {self._folder.name}")
+        self._model: Model = load_model(self._folder, task, targets)
+        self.layer_count = self._model.layer_count
+        self.model_digest = _weights_digest(self._folder)
+        self.targets = tuple(targets)
+        self.architecture = self._model.architecture.class_name
+        self._say("exporting the forward graph")
+        self._forward = export_forward(self._model)
+        self._frozen, self._tables = frozen_weights(
+            self._forward, {name for name, _ in self._model.module.named_parameters()}
+        )
+        self._initial_head = {
+            t.name: self._model.adapter_parameter(t.name).detach().numpy().copy()
+            for t in self._model.adapter
+            if t.role == "head"
+        }
+        self._tokenizer = Tokenizer(self._folder)
+
+    def space(self, max_rank: int) -> AdapterSpace:
+        """The adapter tensors of the full model."""
+        return AdapterSpace(
+            tensors=self._model.adapter, layer_count=self.layer_count, max_rank=max_rank
+        )
+
+    def initial(self, max_rank: int, seed: int) -> Tensors:
+        """Start values: A Kaiming-uniform as in PEFT, B zero, head as the model has it.
+
+        Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1, with PEFT's
+        initialisation of A, uniform in +-1 / sqrt(d_in).
+        """
+        rng = np.random.default_rng(seed)
+        values: Tensors = {}
+        for tensor in self._model.adapter:
+            shape = tuple(max_rank if n == "rank" else int(n) for n in tensor.shape)
+            if tensor.role == "lora_A":
+                bound = 1 / np.sqrt(shape[1])
+                values[tensor.name] = rng.uniform(-bound, bound, shape).astype(np.float32)
+            elif tensor.role == "head":
+                values[tensor.name] = self._initial_head[tensor.name].copy()
+            else:
+                values[tensor.name] = np.zeros(shape, np.float32)
+        return values
+
+    def package(
+        self,
+        *,
+        precision: str,
+        lowest_trained_layer: int,
+        kept_layers: Sequence[int] | None = None,
+        runtime: str = "onnx",
+    ) -> Package:
+        """The package of a variant: compiled, verified and published at the first call.
+
+        Raises:
+            UnsupportedModelError: Layers out of range, or an operator without a rule.
+            VerificationError: A graph disagrees with torch + PEFT; names the tensor.
+        """
+        variant = self._variant(precision, lowest_trained_layer, kept_layers, runtime)
+        with self._lock:
+            if variant not in self._packages:
+                self._packages[variant] = self._build(variant)
+            return self._packages[variant]
+
+    def predicted_peak_memory(
+        self,
+        *,
+        precision: str,
+        lowest_trained_layer: int,
+        kept_layers: Sequence[int] | None,
+        rank: int,
+        micro_batch: int,
+        length: int,
+        baseline_bytes: int,
+    ) -> int:
+        """Predicted peak resident bytes of a device process that trains the variant.
+
+        Args:
+            precision: Of the base.
+            lowest_trained_layer: Depth.
+            kept_layers: Of the sub-model; None for all.
+            rank: LoRA rank of every module.
+            micro_batch: Examples per run of the graph.
+            length: Tokens of the longest example.
+            baseline_bytes: Resident memory of the app before training.
+        """
+        from lorikit.server.planner.memory import process_peak
+
+        variant = self._variant(precision, lowest_trained_layer, kept_layers, "onnx")
+        with self._lock:
+            graph = self._with_weights(variant)
+            base = self._base(precision)
+        sizes = {"batch": micro_batch, "length": length, "rank": rank}
+        return process_peak(
+            baseline_bytes=baseline_bytes,
+            node_count=len(graph.nodes),
+            weight_bytes=_mapped_bytes(graph, base),
+            adapter_elements=self.adapter_elements(variant, rank),
+            trained_elements=self.adapter_elements(variant, rank, trained=True),
+            live_bytes=peak_memory(graph, sizes).live_bytes,
+        )
+
+    def adapter_elements(self, variant: Variant, rank: int, *, trained: bool = False) -> int:
+        """Numbers in a variant's adapter at a rank, or in the part of it that trains."""
+        tensors = adapter_of(self._model.adapter, variant, self.layer_count)
+        return sum(
+            int(np.prod([rank if n == "rank" else int(n) for n in t.shape]))
+            for t in tensors
+            if t.trained or not trained
+        )
+
+    def logits(
+        self,
+        adapter: Tensors,
+        texts: Sequence[str],
+        *,
+        lora_scale: float,
+        max_length: int,
+        batch_size: int = 32,
+        kept_layers: Sequence[int] | None = None,
+    ) -> Float32:
+        """Logits of the fp32 model with an adapter, [texts, classes], for evaluation on the server."""
+        kept = tuple(range(self.layer_count)) if kept_layers is None else tuple(kept_layers)
+        session = self._evaluation_session(kept)
+        inputs = {port.name for port in session.get_inputs()}
+        fixed: dict[str, npt.NDArray[np.generic]] = {
+            "lora_scale": np.asarray(lora_scale, np.float32),
+            **{name: value for name, value in adapter.items() if name in inputs},
+        }
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        result = np.zeros((len(texts), len(self._task.labels)), np.float32)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            ids, mask = self._tokenizer.batch([texts[i] for i in rows], max_length)
+            feeds = {"input_ids": ids, "attention_mask": mask, **fixed}
+            result[rows] = session.run(["logits"], feeds)[0]
+        return result
+
+    def _variant(
+        self, precision: str, lowest: int, kept: Sequence[int] | None, runtime: str
+    ) -> Variant:
+        layers = tuple(range(self.layer_count)) if kept is None else tuple(kept)
+        return Variant(
+            precision=precision, lowest_trained_layer=lowest, kept_layers=layers, runtime=runtime
+        )
+
+    def _base(self, precision: str) -> Base:
+        if precision not in self._bases:
+            self._say(f"converting the base to {precision}")
+            self._bases[precision] = store_base(
+                self._frozen,
+                self._tables,
+                self._model.architecture,
+                precision,
+                self._blobs.put,
+            )
+        return self._bases[precision]
+
+    def _train_graph(self, variant: Variant) -> Graph:
+        adapter = adapter_of(self._model.adapter, variant, self.layer_count)
+        trained = [tensor.name for tensor in adapter if tensor.trained]
+        return training_graph(
+            self._forward, self._model.architecture, variant, trained, self.layer_count
+        )
+
+    def _with_weights(self, variant: Variant) -> Graph:
+        """The training graph of a variant, reading its base; kept for memory predictions."""
+        if variant not in self._graphs:
+            base = self._base(variant.precision)
+            self._graphs[variant], _ = with_base(
+                self._train_graph(variant), base, variant.runtime
+            )
+        return self._graphs[variant]
+
+    def _build(self, variant: Variant) -> Package:
+        self._say(
+            f"compiling {variant.precision}, layers {_ranges(variant.kept_layers)}, "
+            f"trained from {variant.lowest_trained_layer}"
+        )
+        base = self._base(variant.precision)
+        adapter = adapter_of(self._model.adapter, variant, self.layer_count)
+        trained = [tensor.name for tensor in adapter if tensor.trained]
+        train = self._with_weights(variant)
+        plain = prediction_graph(
+            self._forward, self._model.architecture, variant, self.layer_count
+        )
+        predict, used = with_base(plain, base, variant.runtime)
+        train_blob = self._publish(train)
+        predict_blob = self._publish(predict)
+        self._say("verifying against torch + PEFT")
+        probe = make_probe(self._model, base, variant.kept_layers, trained)
+        worst = check_train_graph(self._blobs.path(train_blob.digest), probe)
+        check_predict_graph(self._blobs.path(predict_blob.digest), probe)
+        blobs = {base.stored[name].blob for name in used}
+        manifest = Manifest(
+            model=self._folder.name,
+            model_digest=self.model_digest,
+            architecture=self.architecture,
+            layer_count=self.layer_count,
+            precision=variant.precision,
+            kept_layers=variant.kept_layers,
+            lowest_trained_layer=variant.lowest_trained_layer,
+            task=self._task,
+            graphs=(
+                manifest_graph("train", variant.runtime, train, train_blob),
+                manifest_graph("predict", variant.runtime, predict, predict_blob),
+            ),
+            adapter=adapter,
+            weights=base.manifest_entries(used),
+            weight_blobs=tuple(
+                ref for _, ref in sorted(base.layer_blobs.items()) if ref.digest in blobs
+            ),
+            tokenizer=self._blobs.put(self._tokenizer.file_bytes),
+            probe=self._blobs.put(probe_bundle(probe, {t.name for t in adapter})),
+            facts={
+                "verified_relative_error": worst,
+                "nodes": float(len(train.nodes)),
+                "flops_per_token": float(self._flops_per_token(train, used)),
+            },
+        )
+        return Package(manifest, self._blobs.put(dump(manifest)))
+
+    def _publish(self, graph: Graph) -> BlobRef:
+        return self._blobs.put(to_onnx(graph).SerializeToString(deterministic=True))
+
+    def _flops_per_token(self, train: Graph, used: set[str]) -> int:
+        """Multiply-adds of a training step's matrix products with frozen weights, times two."""
+        matrices = {n: v for n, v in self._frozen.items() if v.ndim == 2 and n not in self._tables}
+        forward = sum(value.size for name, value in matrices.items() if name in used)
+        weights = [n for n in train.nodes if n.op in ("FusedMatMul", "Gemm", "MatMul")]
+        backward = forward * max(0, len(weights) - len(matrices)) / max(1, 2 * len(matrices))
+        return int(2 * (forward + min(backward, 2 * forward)))
+
+    def _evaluation_session(self, kept: tuple[int, ...]) -> onnxruntime.InferenceSession:
+        with self._lock:
+            if kept not in self._sessions:
+                package = self.package(
+                    precision="fp32", lowest_trained_layer=self.layer_count, kept_layers=kept
+                )
+                path = self._blobs.path(package.manifest.graph("predict").blob.digest)
+                options = onnxruntime.SessionOptions()
+                options.log_severity_level = 3
+                self._sessions[kept] = onnxruntime.InferenceSession(
+                    str(path), options, providers=["CPUExecutionProvider"]
+                )
+            return self._sessions[kept]
+
+
+def _mapped_bytes(graph: Graph, base: Base) -> int:
+    """Bytes of blobs a training run reads: whole matrices, and nothing of a table but its rows."""
+    total = 0
+    tables = {
+        node.inputs[0] for node in graph.nodes if node.op == "Gather" and node.inputs[0] in graph.external
+    }
+    for name, place in graph.external.items():
+        if name not in tables:
+            total += place.length
+    return total
+
+
+def _weights_digest(folder: Path) -> str:
+    """SHA-256 over the folder's weight files."""
+    files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin")))
+    if not files:
+        raise UnsupportedModelError(f"{folder} holds no *.safetensors or *.bin weights")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """``0-5`` for consecutive layers, else the list."""
+    if list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ",".join(map(str, layers))

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a forward graph to the graphs of one package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lorikit.proto.manifest import AdapterTensor, BlobRef, Graph, Manifest
+from lorikit.proto.tensors import Bundle, pack, raw
+from lorikit.server.compile import graph as ir
+from lorikit.server.compile.architectures import Architecture
+from lorikit.server.compile.cleaning import merge_equal, remove_dead
+from lorikit.server.compile.gradients import add_gradients
+from lorikit.server.compile.layers import keep_layers
+from lorikit.server.compile.loss import add_classification_loss
+from lorikit.server.compile.verify import Probe
+from lorikit.server.compile.weights import Base, read_weights
+from lorikit.server.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A published package."""
+
+    manifest: Manifest
+    ref: BlobRef
+    """Blob of the manifest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """Which sub-model is compiled, at which depth, for which runtime."""
+
+    precision: str
+    lowest_trained_layer: int
+    kept_layers: tuple[int, ...]
+    runtime: str = "onnx"
+
+
+def adapter_of(
+    adapter: Sequence[AdapterTensor], variant: Variant, layer_count: int
+) -> tuple[AdapterTensor, ...]:
+    """Adapter tensors of a variant's sub-model, marked with what its training graph trains.
+
+    The head always trains; a layer's adapter trains from ``lowest_trained_layer`` upwards.
+    """
+    lowest = variant.lowest_trained_layer
+    if not 0 <= lowest <= layer_count:
+        raise UnsupportedModelError(
+            f"lowest trained layer must lie in 0..{layer_count}, got {lowest}"
+        )
+    return tuple(
+        AdapterTensor(
+            name=t.name,
+            role=t.role,
+            module=t.module,
+            layer=t.layer,
+            shape=t.shape,
+            trained=t.layer < 0 or t.layer >= lowest,
+        )
+        for t in adapter
+        if t.layer < 0 or t.layer in variant.kept_layers
+    )
+
+
+def training_graph(
+    forward: ir.Graph,
+    architecture: Architecture,
+    variant: Variant,
+    trained: Sequence[str],
+    layer_count: int,
+) -> ir.Graph:
+    """Forward, loss and backward of a variant; frozen weights are still fp32 constants.
+
+    Outputs: ``loss``, ``correct`` and ``<name>.grad`` of each trained tensor.
+    """
+    graph = _sub_model(forward, architecture, variant, layer_count)
+    seed = add_classification_loss(graph)
+    add_gradients(graph, {"logits": seed}, trained)
+    graph.outputs = [p for p in graph.outputs if p.name not in ("logits", "features")]
+    merge_equal(graph)
+    remove_dead(graph)
+    return graph
+
+
+def prediction_graph(
+    forward: ir.Graph, architecture: Architecture, variant: Variant, layer_count: int
+) -> ir.Graph:
+    """Forward of a variant. Outputs: ``logits`` and ``features``."""
+    return _sub_model(forward, architecture, variant, layer_count)
+
+
+def with_base(graph: ir.Graph, base: Base, runtime: str) -> tuple[ir.Graph, set[str]]:
+    """The graph reading a stored base, and the names of the frozen tensors it reads."""
+    used = {name for node in graph.nodes for name in node.inputs if name in base.stored}
+    graph = graph.copy()
+    read_weights(graph, base, runtime)
+    remove_dead(graph)
+    return graph, used
+
+
+def manifest_graph(name: str, runtime: str, graph: ir.Graph, blob: BlobRef) -> Graph:
+    """Manifest row of a graph."""
+    return Graph(
+        name=name,
+        runtime=runtime,
+        blob=blob,
+        inputs=tuple(port.name for port in graph.inputs),
+        outputs=tuple(port.name for port in graph.outputs),
+    )
+
+
+def probe_bundle(probe: Probe, names: set[str]) -> bytes:
+    """The probe as a blob: tensors ``batch.*``, ``adapter.*``, ``expected.*``, and scalars."""
+    batch = {
+        "input_ids": probe.input_ids,
+        "attention_mask": probe.attention_mask,
+        "labels": probe.labels,
+        "weights": probe.weights,
+    }
+    tensors = {f"batch.{name}": raw(value.astype(np.float32)) for name, value in batch.items()}
+    tensors |= {f"adapter.{n}": raw(v) for n, v in probe.adapter.items() if n in names}
+    tensors |= {f"expected.{n}.grad": raw(v) for n, v in probe.gradients.items()}
+    tensors["expected.logits"] = raw(probe.logits)
+    return pack(Bundle(tensors, {"expected.loss": probe.loss, "input.lora_scale": probe.scale}))
+
+
+def _sub_model(
+    forward: ir.Graph, architecture: Architecture, variant: Variant, layer_count: int
+) -> ir.Graph:
+    graph = forward.copy()
+    keep_layers(graph, architecture, variant.kept_layers, layer_count)
+    return graph

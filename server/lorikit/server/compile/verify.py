@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No package leaves the server before its graph agrees with torch + PEFT.
+
+One step of the compiled graph is compared with autograd on the same model whose frozen weights were replaced by the
+de-quantised ones: the loss, the logits and every gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+
+from lorikit.proto.tensors import Float32, Tensors
+from lorikit.server.compile.export import Model
+from lorikit.server.compile.weights import Base
+from lorikit.server.errors import VerificationError
+
+TOLERANCE = 1e-4
+"""Largest relative error, Frobenius norm of the difference over that of torch's."""
+
+RANK, SCALE = 3, 2.0
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One step with known result; a device repeats it before it trusts its own engine."""
+
+    input_ids: Int64
+    attention_mask: Int64
+    labels: Int64
+    weights: Float32
+    scale: float
+    adapter: Tensors
+    loss: float
+    logits: Float32
+    gradients: Tensors
+
+
+def make_probe(
+    model: Model, base: Base, kept: Sequence[int], trained: Sequence[str], *, seed: int = 0
+) -> Probe:
+    """Run one step of torch + PEFT on the de-quantised base.
+
+    Args:
+        model: Torch module with PEFT layers; left as it was.
+        base: The frozen weights a device will have.
+        kept: Layers of the sub-model.
+        trained: Adapter tensors to differentiate.
+        seed: Of batch and adapter.
+    """
+    rng = np.random.default_rng(seed)
+    vocabulary = int(getattr(model.module.config, "vocab_size", 1000))  # type: ignore[arg-type]
+    classes = int(getattr(model.module.config, "num_labels", 2))  # type: ignore[arg-type]
+    ids = rng.integers(1, vocabulary, (3, 9))
+    mask = np.ones_like(ids)
+    mask[1, 6:] = 0
+    labels = rng.integers(0, classes, 3)
+    weights = np.array([0.5, 0.3, 0.2], np.float32)
+    adapter = {
+        t.name: rng.normal(0, 0.05, [RANK if n == "rank" else int(n) for n in t.shape]).astype(
+            np.float32
+        )
+        for t in model.adapter
+    }
+    model.set_adapter(adapter, SCALE)
+    wanted = [model.adapter_parameter(name) for name in trained]
+    with _device_view(model, base, kept):
+        logits = model.module(
+            input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)
+        ).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits, torch.from_numpy(labels), reduction="none"
+        )
+        loss = (losses * torch.from_numpy(weights)).sum()
+        gradients = torch.autograd.grad(loss, wanted)
+    return Probe(
+        ids,
+        mask,
+        labels,
+        weights,
+        SCALE,
+        adapter,
+        float(loss.detach()),
+        logits.detach().numpy().copy(),
+        {name: g.numpy().copy() for name, g in zip(trained, gradients, strict=True)},
+    )
+
+
+def check_train_graph(path: Path, probe: Probe) -> float:
+    """Run the training graph on the probe and compare; return the worst relative error.
+
+    Raises:
+        VerificationError: A relative error above ``TOLERANCE`` or not finite; names the tensor.
+    """
+    results = run_graph(path, probe)
+    errors = {"loss": abs(float(results["loss"]) - probe.loss) / max(abs(probe.loss), 1e-12)}
+    for name, expected in probe.gradients.items():
+        errors[f"gradient of {name}"] = relative_error(results[f"{name}.grad"], expected)
+    return _worst(errors)
+
+
+def check_predict_graph(path: Path, probe: Probe) -> float:
+    """Run the prediction graph on the probe and compare its logits with torch's."""
+    return _worst({"logits": relative_error(run_graph(path, probe)["logits"], probe.logits)})
+
+
+def run_graph(path: Path, probe: Probe) -> Mapping[str, Float32]:
+    """Outputs of a graph for the probe's batch and adapter, by name."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feeds: dict[str, npt.NDArray[np.generic]] = {
+        "input_ids": probe.input_ids,
+        "attention_mask": probe.attention_mask,
+        "labels": probe.labels,
+        "weights": probe.weights,
+        "lora_scale": np.asarray(probe.scale, np.float32),
+        **probe.adapter,
+    }
+    names = [output.name for output in session.get_outputs()]
+    wanted = {port.name for port in session.get_inputs()}
+    values = session.run(names, {name: v for name, v in feeds.items() if name in wanted})
+    return dict(zip(names, values, strict=True))
+
+
+def relative_error(value: Float32, expected: Float32) -> float:
+    """Frobenius norm of the difference over that of the expected; infinite for NaN or another shape."""
+    if value.shape != expected.shape or not np.isfinite(value).all():
+        return float("inf")
+    scale = float(np.linalg.norm(expected))
+    return float(np.linalg.norm(value - expected)) / max(scale, 1e-12)
+
+
+def _worst(errors: Mapping[str, float]) -> float:
+    what, error = max(errors.items(), key=lambda item: item[1])
+    if not error <= TOLERANCE:
+        raise VerificationError(
+            f"{what} differs from torch + PEFT by {error:.3g} (relative; at most {TOLERANCE:g} is "
+            "allowed); nothing was published"
+        )
+    return error
+
+
+@contextmanager
+def _device_view(model: Model, base: Base, kept: Sequence[int]) -> Iterator[None]:
+    """Give the torch module the base and the layers that the device will have."""
+    parameters = dict(model.module.named_parameters())
+    before = {name: parameters[name].data for name in base.stored if name in parameters}
+    parent_path, _, attribute = model.architecture.layers.rpartition(".")
+    parent = model.module.get_submodule(parent_path)
+    layers = getattr(parent, attribute)
+    for name in before:
+        parameters[name].data = torch.from_numpy(base.decoded(name).copy())
+    setattr(parent, attribute, torch.nn.ModuleList([layers[i] for i in kept]))
+    try:
+        yield
+    finally:
+        setattr(parent, attribute, layers)
+        for name, value in before.items():
+            parameters[name].data = value
