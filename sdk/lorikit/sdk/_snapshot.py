@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a task stands, and its form in the journal."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lorikit.proto.plan import Plan
+from lorikit.proto.tensors import Bundle, Tensors, pack, raw
+from lorikit.sdk._optimizer import Slots
+
+Meta = Mapping[str, int | float | str]
+
+_ADAPTER = "adapter/"
+_OPTIMIZER = "optimizer/"
+
+
+@dataclass(slots=True, kw_only=True)
+class Snapshot:
+    """All that a task's training depends on beside plan, package, data and received adapter."""
+
+    adapter: Tensors
+    """Every adapter tensor, the trained ones as they are now."""
+    slots: dict[str, Slots] = field(default_factory=dict)
+    """Optimiser state of the phase by trained tensor."""
+    phase: int = 0
+    step: int = 0
+    """Optimiser steps of the phase done."""
+    examples: int = 0
+    """Examples seen in all phases, counted with repetition."""
+    correct: float = 0.0
+    first_loss: float = 0.0
+    last_loss: float = 0.0
+    seconds: float = 0.0
+    """Time spent training, earlier processes included."""
+
+
+_NUMBERS = ("phase", "step", "examples", "correct", "first_loss", "last_loss", "seconds")
+
+
+def fingerprint(plan: Plan, adapter: Tensors) -> str:
+    """Digest of what a journal belongs to: the plan and the received adapter."""
+    digest = hashlib.sha256()
+    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
+    digest.update(json.dumps(fields, sort_keys=True, default=_plain).encode())
+    digest.update(pack(Bundle({name: raw(value) for name, value in adapter.items()})))
+    return digest.hexdigest()
+
+
+def to_journal(snapshot: Snapshot, identity: str) -> tuple[Bundle, Meta]:
+    """The snapshot as a journal keeps it."""
+    tensors = {_ADAPTER + name: raw(value) for name, value in snapshot.adapter.items()}
+    for name, slots in snapshot.slots.items():
+        for slot, value in slots.items():
+            tensors[f"{_OPTIMIZER}{slot}/{name}"] = raw(value)
+    numbers: dict[str, int | float | str] = {n: getattr(snapshot, n) for n in _NUMBERS}
+    return Bundle(tensors), {**numbers, "fingerprint": identity}
+
+
+def from_journal(state: Bundle, meta: Meta, identity: str) -> Snapshot | None:
+    """The saved snapshot, or None if it belongs to another plan or adapter."""
+    if meta.get("fingerprint") != identity:
+        return None
+    snapshot = Snapshot(adapter={}, **{name: meta[name] for name in _NUMBERS})  # type: ignore[arg-type]  # as to_journal wrote them
+    for name, encoded in state.tensors.items():
+        values = np.asarray(encoded.parts["values"], dtype=np.float32)
+        if name.startswith(_ADAPTER):
+            snapshot.adapter[name.removeprefix(_ADAPTER)] = values
+        else:
+            slot, _, tensor = name.removeprefix(_OPTIMIZER).partition("/")
+            snapshot.slots.setdefault(tensor, {})[slot] = values
+    return snapshot
+
+
+def _plain(value: object) -> object:
+    """JSON form of what a plan is made of."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a plan holds no {type(value).__name__}")

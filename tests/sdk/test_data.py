@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lorikit.proto.manifest import Task
+from lorikit.sdk._data import Dataset
+from lorikit.sdk._errors import DataError, PackageError
+from tests.sdk.engines.tiny_package import LABELS, tokenizer_json
+
+TASK = Task(kind="sequence-classification", labels=LABELS)
+
+
+def _dataset(rows: object, max_length: int = 8, **options: int) -> Dataset:
+    return Dataset(rows, tokenizer_json(), TASK, max_length, **options)  # type: ignore[arg-type]
+
+
+def test_mappings_and_pairs_and_labels_by_name_and_number_mean_the_same() -> None:
+    as_mappings = _dataset([{"text": "w1 w2", "label": "book"}, {"text": "w3", "label": 2}])
+    as_pairs = _dataset([("w1 w2", np.int64(1)), ("w3", "cancel")])
+
+    for data in (as_mappings, as_pairs):
+        np.testing.assert_array_equal(data.labels, [1, 2])
+        batch = data.batch([0, 1])
+        np.testing.assert_array_equal(batch.input_ids, [[3, 4], [5, 0]])
+        np.testing.assert_array_equal(batch.attention_mask, [[1, 1], [1, 0]])
+
+
+def test_rows_may_come_from_a_generator() -> None:
+    assert len(_dataset(("w1", n % 3) for n in range(5))) == 5
+
+
+def test_task_names_the_columns() -> None:
+    task = Task(kind="sequence-classification", labels=LABELS, text_column="q", label_column="y")
+    data = Dataset([{"q": "w0", "y": "ask", "note": None}], tokenizer_json(), task, 4)
+    np.testing.assert_array_equal(data.labels, [0])
+
+
+def test_long_texts_are_cut() -> None:
+    data = _dataset([("w1 w2 w3 w4", 0), ("w1", 0)], max_length=3)
+    np.testing.assert_array_equal(data.lengths, [3, 1])
+    np.testing.assert_array_equal(data.batch([0]).input_ids, [[3, 4, 5]])
+
+
+def test_batches_are_padded_to_the_multiple() -> None:
+    batch = _dataset([("w1 w2 w3", 0)], pad_multiple=8).batch([0])
+    assert batch.input_ids.shape == (1, 8)
+    assert batch.attention_mask.sum() == 3
+
+
+def test_batches_hold_each_example_once_the_longest_first() -> None:
+    words = [3, 1, 4, 1, 5, 2, 6]
+    data = _dataset([(" ".join(["w1"] * n), 0) for n in words])
+
+    groups = list(data.batches(3))
+
+    assert sorted(np.concatenate([indices for indices, _ in groups])) == list(range(7))
+    assert [batch.input_ids.shape for _, batch in groups] == [(3, 6), (3, 3), (1, 1)]
+    assert sum(float(batch.weights.sum()) for _, batch in groups) == pytest.approx(1)
+
+
+def test_tokens_take_two_bytes_each() -> None:
+    data = _dataset([("w1 w2 w3 w4", 0)] * 10)
+    assert data._tokens._flat.nbytes == 10 * 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "w1"}, "row 1 has no column 'label'"),
+        ({"label": 0}, "row 1 has no column 'text'"),
+        (("w1", "fly"), "row 1: label 'fly' is no class"),
+        (("w1", 3), "row 1: label 3 is no class"),
+        (("w1", -1), "row 1: label -1 is no class"),
+        (("w1", True), "row 1: label True is no class"),
+        (("w1", None), "row 1: label None is no class"),
+        ((7, 0), "row 1: the text is of type int"),
+        (("", 0), "row 1: the text '' has no tokens"),
+        ("w1", "row 1 is neither a mapping nor a pair"),
+    ],
+)
+def test_bad_row_is_named(row: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        _dataset([("w1", 0), row])
+
+
+def test_broken_tokeniser_is_an_error_of_the_package() -> None:
+    with pytest.raises(PackageError, match=r"not a tokenizer\.json"):
+        Dataset([("w1", 0)], b"{}", TASK, 8)
+
+
+def test_texts_to_predict_need_no_labels() -> None:
+    data = Dataset.of_texts(["w1", "w2 w3"], tokenizer_json(), TASK, 8)
+    np.testing.assert_array_equal(data.lengths, [1, 2])
