@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codecs: fewer bits, on the wire and in the base model."""
+"""Codecs: fewer bits, on the wire and in the base model.
+
+``codec(name)`` finds a codec, ``convert`` goes from one to another, ``error_metrics`` says what it
+cost. Base weights: ``nf4``, ``fp4`` (each also ``-dq``), ``int8``, ``int4-row32/64/128``, ``fp16``,
+``bf16``, ``fp32``. Updates: ``int4``, ``int8-block64``, ``fp16``, ``bf16``, ``fp32``.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +15,40 @@ import numpy as np
 
 from lorikit.proto.tensors import Encoded
 from lorikit.quantization.base import Codec, QuantizationError
+from lorikit.quantization.bf16 import Bf16
+from lorikit.quantization.fp4 import FP4, FP4_DQ
 from lorikit.quantization.fp16 import Fp16
 from lorikit.quantization.fp32 import Fp32
-from lorikit.quantization.int8 import Int8
-from lorikit.quantization.nf4 import NF4
+from lorikit.quantization.int4 import Int4, Int4Rows
+from lorikit.quantization.int8 import Int8, Int8Blocks
+from lorikit.quantization.metrics import ErrorMetrics, error_metrics
+from lorikit.quantization.nf4 import NF4, NF4_DQ
 
 __all__ = [
     "CODECS",
     "Codec",
+    "ErrorMetrics",
     "QuantizationError",
     "codec",
     "convert",
+    "error_metrics",
 ]
 
-_ALL: tuple[Codec, ...] = (Fp32(), Fp16(), Int8(), NF4)
+_ALL: tuple[Codec, ...] = (
+    Fp32(),
+    Fp16(),
+    Bf16(),
+    Int8(),
+    Int8Blocks(),
+    Int4(),
+    Int4Rows(32),
+    Int4Rows(64),
+    Int4Rows(128),
+    FP4,
+    FP4_DQ,
+    NF4,
+    NF4_DQ,
+)
 
 CODECS: Mapping[str, Codec] = MappingProxyType({each.name: each for each in _ALL})
 """Every codec by name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lorikit.quantization._double import DoubleTableCodec
 from lorikit.quantization._table import Table, TableCodec
 
 LEVELS = np.array(
@@ -37,3 +38,6 @@ Source:
 
 NF4 = TableCodec("nf4", Table(LEVELS))
 """NF4 in the layout of bitsandbytes; onnxruntime's ``MatMulBnb4`` reads it with quant_type 1."""
+
+NF4_DQ = DoubleTableCodec("nf4-dq", Table(LEVELS))
+"""NF4 with 8-bit block magnitudes: 4.13 bits a weight."""
