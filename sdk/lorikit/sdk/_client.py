@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The client that an app embeds: takes part in rounds, and uses what came out of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from lorikit.proto.device import Profile
+from lorikit.sdk._config import ClientConfig, parse_bytes
+from lorikit.sdk._connection import Connection
+from lorikit.sdk._data import Row
+from lorikit.sdk._errors import CancelledError, EngineUnavailableError
+from lorikit.sdk._events import Event, State
+from lorikit.sdk._feed import Feed
+from lorikit.sdk._model import LocalModel
+from lorikit.sdk._profile import profile
+from lorikit.sdk._session import Session, Stop
+from lorikit.sdk._store import Store
+from lorikit.sdk._transport import GrpcTransport, Transport
+from lorikit.sdk._worker import Worker
+from lorikit.sdk.engines import available_engines
+
+
+class Client:
+    """One device of a federation.
+
+    ``run`` blocks until the server's run is finished; ``start`` does the same in the background.
+    What the client has done survives a kill at any instant: a client on the same store goes on
+    within the same task. Its methods may be called from any thread.
+
+    Errors that end ``run``: ``RefusedError`` (the device does not fit), ``IdentityError`` (not
+    enrolled), ``ProtocolVersionError`` (update needed), ``EngineUnavailableError``, and
+    ``ConnectionLostError`` where the configuration bounds attempts. An error of a single task is
+    an event, ``Failed``, and the client goes on.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        data: Iterable[Row],
+        *,
+        store: Path | str,
+        memory_limit: int | str | None = None,
+        device_class: str = "",
+        engine: str | None = None,
+        threads: int | None = None,
+        insecure: bool = False,
+        root_certificates: bytes | None = None,
+        enrolment_token: str = "",
+        speed_gflops: float | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        config: ClientConfig | None = None,
+        transport: Transport | None = None,
+    ) -> None:
+        """Open the store; nothing is sent yet.
+
+        Args:
+            server: Address, ``host:port``.
+            data: Local rows: mappings with the task's columns, or pairs (text, label). They are
+                read when work arrives and never leave the device.
+            store: Folder to keep state in, made if absent; one per client.
+            memory_limit: Most resident memory the process may use, bytes or for example
+                ``"256MB"``; the server plans within it. None: what the system allows.
+            device_class: Name of this kind of device in reports; empty: the server chooses.
+            engine: ``onnx`` or ``onnx-training``; None: the best that is installed.
+            threads: Processor threads for training; None: all that the process may use.
+            insecure: Connect without encryption. For tests and loopback.
+            root_certificates: PEM of the authorities to trust; None: the system's.
+            enrolment_token: One-time token, where the operator requires one.
+            speed_gflops: Speed to tell the server; None: measure it.
+            on_event: Called with each event, in the thread in which it happens; keep it short.
+            config: Deadlines, retries and bounds.
+            transport: How to reach the server; None: gRPC.
+
+        Raises:
+            StoreBusyError: Another client uses the store.
+            ValueError: An argument is out of range.
+        """
+        self._config = config or ClientConfig()
+        self._limit = None if memory_limit is None else parse_bytes(memory_limit)
+        self._device_class = device_class
+        self._engine = engine
+        self._threads = threads or _cores()
+        self._enrolment_token = enrolment_token
+        self._speed = speed_gflops
+        self._rows = data if isinstance(data, Sequence) else list(data)
+        self._feed = Feed(on_event)
+        self._store = Store(store, max_bytes=self._config.storage_limit_bytes)
+        self._transport = transport or GrpcTransport(
+            server, insecure=insecure, root_certificates=root_certificates, config=self._config
+        )
+        self._connection = Connection(self._config, emit=self._feed.emit)
+        self._model = LocalModel(self._store, engine=engine, threads=self._threads)
+        self._stop = Stop()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._runner = 0
+        self._idle = threading.Event()
+        self._idle.set()
+
+    @property
+    def state(self) -> State:
+        """What the client is doing."""
+        return self._feed.state
+
+    def run(self, *, max_rounds: int | None = None) -> State:
+        """Take part until the server's run is finished.
+
+        Args:
+            max_rounds: Stop after so many rounds with an update of this device; None: no bound.
+
+        Returns:
+            ``State.FINISHED``, or ``State.STOPPED`` after ``stop`` or ``max_rounds``.
+
+        Raises:
+            LorikitError: See the class.
+            RuntimeError: The client is running already.
+        """
+        self._begin()
+        return self._run(max_rounds)
+
+    def start(self, *, max_rounds: int | None = None) -> None:
+        """Like ``run``, in a background thread; ``wait`` gives its result."""
+        self._begin()
+        self._failure = None
+        self._thread = threading.Thread(
+            target=self._run_in_background, args=(max_rounds,), name="lorikit-client", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self, timeout_seconds: float | None = None) -> State:
+        """Wait for the end of what ``start`` began.
+
+        Returns:
+            The state; one of a client that still works if the time ran out.
+
+        Raises:
+            LorikitError: What ended the run, see the class.
+        """
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout_seconds)
+            if not thread.is_alive() and self._failure is not None:
+                raise self._failure
+        return self.state
+
+    def stop(self) -> None:
+        """End the run soon, keeping the work done so far, and wait for its end.
+
+        Called from ``on_event``, it does not wait.
+        A later ``run`` or ``start``, also of another process, goes on where this one stopped.
+        """
+        with self._lock:
+            if not self._idle.is_set():
+                self._stop.session = True
+                self._transport.interrupt()
+                self._connection.interrupt()
+        if self._runner != threading.get_ident():
+            self._idle.wait()
+
+    def cancel(self) -> None:
+        """Drop the task in progress, tell the server, and go on with the next one."""
+        self._stop.task = True
+
+    def events(self) -> Iterator[Event]:
+        """Events from now until the current (or else the next) run ends."""
+        return self._feed.events()
+
+    def predict(self, texts: Sequence[str]) -> list[tuple[str, float]]:
+        """The most probable label of each text with its probability, by the newest adapter.
+
+        Works while training and without a connection. The newest adapter is the last one that the
+        server handed out: the run's final one once it is finished.
+
+        Raises:
+            PackageError: There is no adapter yet.
+        """
+        return self._model.predict(texts)
+
+    def evaluate(self, rows: Iterable[Row]) -> dict[str, float]:
+        """``accuracy``, ``loss`` and ``examples`` of the newest adapter on labelled rows.
+
+        Raises:
+            PackageError: There is no adapter yet.
+            DataError: A row does not fit the task.
+        """
+        return self._model.evaluate(rows)
+
+    def close(self) -> None:
+        """Stop, and let go of connection and store; harmless when repeated.
+
+        Raises:
+            RuntimeError: Called from ``on_event``, in the middle of the run.
+        """
+        self.stop()
+        if not self._idle.is_set():
+            raise RuntimeError("close() inside on_event would pull the store from under the run")
+        self._model.close()
+        self._transport.close()
+        self._store.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _begin(self) -> None:
+        with self._lock:
+            if not self._idle.is_set():
+                raise RuntimeError("this client is running already")
+            self._idle.clear()
+            self._stop.session = False
+            self._transport.resume()
+            self._connection.resume()
+
+    def _run_in_background(self, max_rounds: int | None) -> None:
+        try:
+            self._run(max_rounds)
+        except Exception as error:  # handed to whoever waits
+            self._failure = error
+
+    def _run(self, max_rounds: int | None) -> State:
+        self._runner = threading.get_ident()
+        end = State.FAILED
+        try:
+            end = self._take_part(max_rounds)
+        except CancelledError:
+            if not self._stop.session:
+                raise
+            end = State.STOPPED
+        finally:
+            self._feed.enter(end)
+            self._feed.end()
+            self._runner = 0
+            self._idle.set()
+        return end
+
+    def _take_part(self, max_rounds: int | None) -> State:
+        own = self._profile()
+        worker = Worker(
+            self._rows,
+            engine=own.engines[0].name,
+            threads=self._threads,
+            store=self._store,
+            transport=self._transport,
+            connection=self._connection,
+            feed=self._feed,
+            config=self._config,
+            cancelled=self._stop.asked,
+        )
+        session = Session(
+            own,
+            worker,
+            enrolment_token=self._enrolment_token,
+            store=self._store,
+            transport=self._transport,
+            connection=self._connection,
+            feed=self._feed,
+            config=self._config,
+            stop=self._stop,
+        )
+        try:
+            return session.take_part(max_rounds)
+        finally:
+            worker.release()
+
+    def _profile(self) -> Profile:
+        """This device; of its engines only the one that was asked for, if one was."""
+        engines = tuple(e for e in available_engines() if self._engine in (None, e.name))
+        if not engines:
+            wanted = self._engine or "onnx"
+            raise EngineUnavailableError(
+                f'engine {wanted!r} is not installed: pip install "lorikit[{wanted}]"'
+            )
+        own = profile(
+            memory_limit_bytes=self._limit,
+            device_class=self._device_class,
+            threads=self._threads,
+            store=self._store.folder,
+            speed_gflops=self._speed,
+        )
+        return dataclasses.replace(own, engines=engines)
+
+
+def _cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

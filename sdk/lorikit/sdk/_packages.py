@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gets packages and adapters into the blob cache, and reads them from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from lorikit.proto import manifest as manifests
+from lorikit.proto.manifest import BlobRef, Manifest, ManifestError
+from lorikit.proto.tensors import MalformedTensorError, Tensors, unpack
+from lorikit.quantization import QuantizationError, codec
+from lorikit.sdk._blobs import BlobCache
+from lorikit.sdk._connection import Connection
+from lorikit.sdk._errors import CancelledError, PackageError, UnsupportedPackageError
+from lorikit.sdk._events import Downloaded, Event
+from lorikit.sdk._transport import Transport
+
+_MAX_MANIFEST_BYTES = 64 << 20
+
+
+def needed_blobs(manifest: Manifest, engine: str) -> tuple[BlobRef, ...]:
+    """The blobs that one engine opens: all but the graphs of other runtimes.
+
+    Raises:
+        UnsupportedPackageError: The package has a graph that the engine cannot run.
+    """
+    try:
+        chosen = {manifest.graph(graph.name, engine).blob.digest for graph in manifest.graphs}
+    except ManifestError as error:
+        raise UnsupportedPackageError(f"{error}; update the SDK or install that engine") from error
+    skipped = {graph.blob.digest for graph in manifest.graphs} - chosen
+    return tuple(blob for blob in manifest.blobs() if blob.digest not in skipped)
+
+
+def read_manifest(blobs: BlobCache, package: BlobRef) -> Manifest:
+    """The manifest that lies in the cache.
+
+    Raises:
+        PackageError: Absent, damaged, or not a manifest that this SDK reads.
+    """
+    if package.size > _MAX_MANIFEST_BYTES:
+        raise PackageError(f"manifest of {package.size} bytes exceeds {_MAX_MANIFEST_BYTES}")
+    try:
+        return manifests.load(blobs.read(package))
+    except ManifestError as error:
+        raise UnsupportedPackageError(f"the package cannot be read: {error}") from error
+
+
+def read_adapter(blobs: BlobCache, adapter: BlobRef, manifest: Manifest) -> Tensors:
+    """The adapter that lies in the cache, decoded.
+
+    Raises:
+        PackageError: Absent, damaged, of another model, or with numbers that are not finite.
+    """
+    try:
+        bundle = unpack(blobs.read(adapter))
+        tensors = {name: codec(e.codec).decode(e) for name, e in bundle.tensors.items()}
+    except (MalformedTensorError, QuantizationError) as error:
+        raise PackageError(f"the adapter cannot be read: {error}") from error
+    expected = {tensor.name for tensor in manifest.adapter}
+    if expected != tensors.keys():
+        name = min(expected ^ tensors.keys())
+        has, lacks = ("adapter", "package") if name in tensors else ("package", "adapter")
+        raise PackageError(f"the {has} has a tensor {name!r:.120} that the {lacks} has not")
+    for name, values in tensors.items():
+        if not np.isfinite(values).all():
+            raise PackageError(f"the adapter's tensor {name} has numbers that are not finite")
+    return tensors
+
+
+class Packages:
+    """Downloads what is lacking, resumed, verified and reported."""
+
+    def __init__(
+        self,
+        blobs: BlobCache,
+        transport: Transport,
+        connection: Connection,
+        *,
+        emit: Callable[[Event], None],
+    ) -> None:
+        """Args are where to keep blobs, whom to ask, and who hears of progress."""
+        self.received_bytes = 0
+        """Bytes downloaded so far, repetitions included."""
+        self._blobs = blobs
+        self._transport = transport
+        self._connection = connection
+        self._emit = emit
+
+    def fetch(self, blob: BlobRef, *, cancelled: Callable[[], bool] = lambda: False) -> None:
+        """Have the blob in the cache.
+
+        Raises:
+            CancelledError: ``cancelled`` turned true between two chunks.
+            PackageError: The server does not have it, or sends it damaged again and again.
+            StorageFullError: It does not fit.
+        """
+
+        def chunks(offset: int) -> Iterator[bytes]:
+            for chunk in self._transport.download(blob, offset):
+                if cancelled():
+                    raise CancelledError("cancelled while downloading")
+                self.received_bytes += len(chunk)
+                yield chunk
+
+        self._connection.transfer(
+            lambda: self._blobs.fill(
+                blob,
+                chunks,
+                on_bytes=lambda held: self._emit(
+                    Downloaded(digest=blob.digest, received_bytes=held, total_bytes=blob.size)
+                ),
+            ),
+            gained=lambda: self._blobs.held_bytes(blob),
+        )
+
+    def fetch_package(
+        self,
+        package: BlobRef,
+        adapter: BlobRef,
+        *,
+        engine: str,
+        spared: tuple[str, ...] = (),
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> tuple[Manifest, tuple[str, ...]]:
+        """Have everything that an engine needs of a package, and an adapter.
+
+        Args:
+            package: The manifest.
+            adapter: The adapter.
+            engine: Name of the engine that will open it.
+            spared: Digests of other blobs that must not be evicted for it.
+            cancelled: Asked between chunks.
+
+        Returns:
+            The manifest, and the digests of all the blobs, which are pinned from now on.
+        """
+        self._blobs.pin({package.digest, adapter.digest, *spared})
+        self.fetch(package, cancelled=cancelled)
+        manifest = read_manifest(self._blobs, package)
+        needed = needed_blobs(manifest, engine)
+        digests = (package.digest, adapter.digest, *(blob.digest for blob in needed))
+        self._blobs.pin({*digests, *spared})
+        for blob in (*needed, adapter):
+            self.fetch(blob, cancelled=cancelled)
+        return manifest, digests
