@@ -17,7 +17,7 @@ from lorikit.proto.tensors import Encoded, Float32
 from lorikit.quantization import QuantizationError, codec
 from lorikit.quantization.nf4 import LEVELS
 from lorikit.server.compile.architectures import Architecture
-from lorikit.server.compile.graph import Array, External, Graph, Node
+from lorikit.server.compile.graph import MICROSOFT, Array, External, Graph, Node
 from lorikit.server.errors import CompileError, UnsupportedModelError
 
 PRECISIONS = ("nf4", "int8", "fp16", "fp32")
@@ -190,10 +190,25 @@ def _read(graph: Graph, node: Node, position: int, stored: Stored) -> None:
             node.op, node.attributes, node.domain = "Identity", {}, ""
             node.inputs = node.inputs[:1]
         return
+    if encoded.codec == "nf4" and node.op == "FusedMatMul" and node.attributes["transB"] == 1:
+        _use_nf4_kernel(node, encoded, parts)
+        return
     value = READERS[encoded.codec](graph, encoded, parts)
     inputs = list(node.inputs)
     inputs[position] = value
     node.inputs = tuple(inputs)
+
+
+def _use_nf4_kernel(node: Node, encoded: Encoded, parts: Mapping[str, str]) -> None:
+    """Multiply with the packed codes themselves: y = x W^T without a de-quantised W.
+
+    The backward form of this kernel is wrong on CPUs for matrices that are not square, so gradients read the
+    de-quantised weight instead.
+    """
+    rows, columns = encoded.shape
+    node.op, node.domain = "MatMulBnb4", MICROSOFT
+    node.inputs = (node.inputs[0], parts["codes"], parts["absmax"])
+    node.attributes = {"K": columns, "N": rows, "block_size": NF4_BLOCK, "quant_type": 1}
 
 
 def _table_rows(
