@@ -21,7 +21,8 @@ def remove_dead(graph: Graph) -> int:
 def merge_equal(graph: Graph) -> int:
     """Compute equal expressions once; return how many nodes went.
 
-    Two nodes are equal when operator, inputs and attributes are. Values of dequantised weights are never
+    Two nodes are equal when operator, inputs and attributes are. Values of dequantised weights are
+    never
     merged: they are made again at each use on purpose, see ``weights.py``.
     """
     seen: dict[tuple[object, ...], Node] = {}
@@ -46,8 +47,8 @@ def merge_equal(graph: Graph) -> int:
 def fuse_linear(graph: Graph) -> int:
     """Let a linear map read its [out, in] weight directly; return how many were found.
 
-    ``MatMul(x, Transpose(W))`` becomes ``FusedMatMul(x, W, transB=1)``, so that forward and backward use the
-    weight in the one layout it is stored in, and no transposed copy is ever made.
+    ``MatMul(x, Transpose(W))`` becomes ``FusedMatMul(x, W, transB=1)``, so that forward and
+    backward use the weight in the one layout it is stored in, and no transposed copy is ever made.
     """
     producers = graph.producers()
     count = 0

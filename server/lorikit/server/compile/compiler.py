@@ -33,6 +33,7 @@ from lorikit.server.compile.verify import check_predict_graph, check_train_graph
 from lorikit.server.compile.weights import Base, frozen_weights, store_base
 from lorikit.server.errors import UnsupportedModelError
 from lorikit.server.methods.base import AdapterSpace
+from lorikit.server.planner.memory import process_peak
 from lorikit.server.store.blobs import FolderBlobs
 
 Progress = Callable[[str], None]
@@ -41,8 +42,8 @@ Progress = Callable[[str], None]
 class Compiler:
     """Packages of one base model for one task; safe for use by several threads.
 
-    The model is exported once; each variant (precision, depth, kept layers, runtime) is a few passes over the graph,
-    verified against torch + PEFT, published into ``blobs`` and remembered.
+    The model is exported once; each variant (precision, depth, kept layers, runtime) is a few
+    passes over the graph, verified against torch + PEFT, published into ``blobs`` and remembered.
     """
 
     def __init__(
@@ -160,8 +161,6 @@ class Compiler:
             length: Tokens of the longest example.
             baseline_bytes: Resident memory of the app before training.
         """
-        from lorikit.server.planner.memory import process_peak
-
         variant = self._variant(precision, lowest_trained_layer, kept_layers, "onnx")
         with self._lock:
             graph = self._with_weights(variant)
@@ -185,6 +184,26 @@ class Compiler:
             if t.trained or not trained
         )
 
+    def base_bytes(self, precision: str) -> int:
+        """Bytes of the whole base at a precision, as a device downloads it."""
+        with self._lock:
+            return sum(blob.size for blob in self._base(precision).layer_blobs.values())
+
+    def flops_per_token(self, lowest_trained_layer: int, kept_layers: Sequence[int]) -> int:
+        """Operations of a training step per token, in matrix products with frozen weights.
+
+        Forward passes every kept layer; backward goes down to the lowest trained layer and costs
+        as much as forward there, since the frozen weights need no gradient of their own.
+        """
+        sizes = [0] * self.layer_count
+        for name, value in self._frozen.items():
+            layer = self._model.architecture.layer_of(name)
+            if layer >= 0 and value.ndim == 2:
+                sizes[layer] += value.size
+        forward = sum(sizes[layer] for layer in kept_layers)
+        backward = sum(sizes[layer] for layer in kept_layers if layer >= lowest_trained_layer)
+        return 2 * (forward + backward)
+
     def logits(
         self,
         adapter: Tensors,
@@ -195,7 +214,7 @@ class Compiler:
         batch_size: int = 32,
         kept_layers: Sequence[int] | None = None,
     ) -> Float32:
-        """Logits of the fp32 model with an adapter, [texts, classes], for evaluation on the server."""
+        """Logits of the fp32 model with an adapter, [texts, classes]; evaluation on the server."""
         kept = tuple(range(self.layer_count)) if kept_layers is None else tuple(kept_layers)
         session = self._evaluation_session(kept)
         inputs = {port.name for port in session.get_inputs()}
@@ -243,9 +262,7 @@ class Compiler:
         """The training graph of a variant, reading its base; kept for memory predictions."""
         if variant not in self._graphs:
             base = self._base(variant.precision)
-            self._graphs[variant], _ = with_base(
-                self._train_graph(variant), base, variant.runtime
-            )
+            self._graphs[variant], _ = with_base(self._train_graph(variant), base, variant.runtime)
         return self._graphs[variant]
 
     def _build(self, variant: Variant) -> Package:
@@ -257,9 +274,7 @@ class Compiler:
         adapter = adapter_of(self._model.adapter, variant, self.layer_count)
         trained = [tensor.name for tensor in adapter if tensor.trained]
         train = self._with_weights(variant)
-        plain = prediction_graph(
-            self._forward, self._model.architecture, variant, self.layer_count
-        )
+        plain = prediction_graph(self._forward, self._model.architecture, variant, self.layer_count)
         predict, used = with_base(plain, base, variant.runtime)
         train_blob = self._publish(train)
         predict_blob = self._publish(predict)
@@ -291,21 +306,15 @@ class Compiler:
             facts={
                 "verified_relative_error": worst,
                 "nodes": float(len(train.nodes)),
-                "flops_per_token": float(self._flops_per_token(train, used)),
+                "flops_per_token": float(
+                    self.flops_per_token(variant.lowest_trained_layer, variant.kept_layers)
+                ),
             },
         )
         return Package(manifest, self._blobs.put(dump(manifest)))
 
     def _publish(self, graph: Graph) -> BlobRef:
         return self._blobs.put(to_onnx(graph).SerializeToString(deterministic=True))
-
-    def _flops_per_token(self, train: Graph, used: set[str]) -> int:
-        """Multiply-adds of a training step's matrix products with frozen weights, times two."""
-        matrices = {n: v for n, v in self._frozen.items() if v.ndim == 2 and n not in self._tables}
-        forward = sum(value.size for name, value in matrices.items() if name in used)
-        weights = [n for n in train.nodes if n.op in ("FusedMatMul", "Gemm", "MatMul")]
-        backward = forward * max(0, len(weights) - len(matrices)) / max(1, 2 * len(matrices))
-        return int(2 * (forward + min(backward, 2 * forward)))
 
     def _evaluation_session(self, kept: tuple[int, ...]) -> onnxruntime.InferenceSession:
         with self._lock:
@@ -326,7 +335,9 @@ def _mapped_bytes(graph: Graph, base: Base) -> int:
     """Bytes of blobs a training run reads: whole matrices, and nothing of a table but its rows."""
     total = 0
     tables = {
-        node.inputs[0] for node in graph.nodes if node.op == "Gather" and node.inputs[0] in graph.external
+        node.inputs[0]
+        for node in graph.nodes
+        if node.op == "Gather" and node.inputs[0] in graph.external
     }
     for name, place in graph.external.items():
         if name not in tables:

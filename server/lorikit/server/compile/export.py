@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face model folder with PEFT's LoRA inserted becomes a forward graph.
 
-Torch exports the model once; everything after that is a pass over the graph. The frozen weights stay
-constants in their own [out, in] layout, the adapter tensors and the LoRA scale become inputs.
+Torch exports the model once; everything after that is a pass over the graph. The frozen weights
+stay constants in their own [out, in] layout, the adapter tensors and the LoRA scale become inputs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -57,7 +58,7 @@ class Model:
             value = torch.from_numpy(np.array(tensors[name], dtype=np.float32))
             setattr(self.module.get_submodule(owner), leaf, torch.nn.Parameter(value))
         for layer in self.lora_layers():
-            layer.scaling["default"] = scale
+            _scaling(layer)["default"] = scale
 
     def adapter_parameter(self, name: str) -> torch.nn.Parameter:
         """The torch parameter of an adapter tensor."""
@@ -78,7 +79,8 @@ def load_model(folder: Path, task: Task, targets: Sequence[str], *, seed: int = 
         seed: Of the head where the folder has none.
 
     Raises:
-        UnsupportedModelError: Not a model folder, an unknown architecture, an unknown task, or a target
+        UnsupportedModelError: Not a model folder, an unknown architecture, an unknown task, or a
+        target
             that matches no module.
     """
     config = _config(folder)
@@ -110,8 +112,8 @@ def load_model(folder: Path, task: Task, targets: Sequence[str], *, seed: int = 
 def export_forward(model: Model) -> Graph:
     """Forward graph of the model: tokens and adapter in, logits and head features out.
 
-    Inputs: ``input_ids`` and ``attention_mask`` int64 [batch, length]; ``lora_scale`` float32 []; every
-    adapter tensor. Outputs: ``logits`` [batch, classes], ``features`` [batch, width].
+    Inputs: ``input_ids`` and ``attention_mask`` int64 [batch, length]; ``lora_scale`` float32 [];
+    every adapter tensor. Outputs: ``logits`` [batch, classes], ``features`` [batch, width].
     """
     ids = torch.randint(1, 100, (2, 7))
     mask = torch.ones_like(ids)
@@ -154,19 +156,24 @@ class _Forward(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, lora_scale: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        before = [layer.scaling["default"] for layer in self._lora]
+        before = [_scaling(layer)["default"] for layer in self._lora]
         features: list[torch.Tensor] = []
         head = self.base.get_submodule(self._head)
         hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
         for layer in self._lora:
-            layer.scaling["default"] = lora_scale
+            _scaling(layer)["default"] = lora_scale
         try:
             logits = self.base(input_ids=input_ids, attention_mask=attention_mask).logits
         finally:
             hook.remove()
             for layer, scale in zip(self._lora, before, strict=True):
-                layer.scaling["default"] = scale
+                _scaling(layer)["default"] = scale
         return logits, features[0].clone()
+
+
+def _scaling(layer: torch.nn.Module) -> dict[str, Any]:
+    """PEFT's table of scales by adapter name; floats, or a tensor while exporting."""
+    return cast(dict[str, Any], layer.scaling)
 
 
 def _config(folder: Path) -> object:

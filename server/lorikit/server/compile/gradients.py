@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reverse-mode differentiation of a graph.
 
-Only what lies between the trained tensors and the loss is differentiated, so backward stops at the lowest trained
-layer by itself. Each operator has one rule that emits the vector-Jacobian product with standard operators (and
-``FusedMatMul``); a rule reads forward values by name, and what no rule reads is free to be released.
+Only what lies between the trained tensors and the loss is differentiated, so backward stops at the
+lowest trained layer by itself. Each operator has one rule that emits the vector-Jacobian product
+with standard operators (and ``FusedMatMul``); a rule reads forward values by name, and what no
+rule reads is free to be released.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def add_gradients(graph: Graph, seeds: Mapping[str, str], trained: Sequence[str]
         trained: Inputs to differentiate with respect to.
 
     Raises:
-        UnsupportedModelError: An operator on the way has no rule; or a trained input has no effect on the loss.
+        UnsupportedModelError: An operator on the way has no rule; or a trained input has no effect
+        on the loss.
     """
     forward = list(graph.nodes)
     wanted = dependents(graph, trained)
@@ -102,9 +104,11 @@ def _rows(graph: Graph, name: str) -> str:
     if len(shape) == 2:
         return name
     folded: Shape = ("rows", shape[-1])
-    return graph.emit("Reshape", name, graph.ints(-1, int(shape[-1])), shape=folded) if isinstance(
-        shape[-1], int
-    ) else _rows_of_unknown_width(graph, name)
+    return (
+        graph.emit("Reshape", name, graph.ints(-1, int(shape[-1])), shape=folded)
+        if isinstance(shape[-1], int)
+        else _rows_of_unknown_width(graph, name)
+    )
 
 
 def _rows_of_unknown_width(graph: Graph, name: str) -> str:
@@ -150,9 +154,7 @@ def _fused_matmul(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> S
     dw = None
     if needs[1]:
         shape = graph.shape(weight)
-        dw = graph.emit(
-            "Gemm", _rows(graph, dy), _rows(graph, x), shape=shape, transA=1, transB=0
-        )
+        dw = graph.emit("Gemm", _rows(graph, dy), _rows(graph, x), shape=shape, transA=1, transB=0)
     return [dx, dw]
 
 
@@ -172,7 +174,7 @@ def _product(graph: Graph, dy: str, operand: str) -> Shape:
 
 
 def _gemm(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
-    """y = x W^T + b as the exporter writes a linear map on matrices."""
+    """Y = x W^T + b as the exporter writes a linear map on matrices."""
     attributes = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0, **node.attributes}
     if attributes != {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}:
         raise UnsupportedModelError(f"Gemm with attributes {attributes} has no gradient rule")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The graph that compiler passes work on: ONNX nodes by name, without protobuf.
 
-Order is meaning here: nodes stand in the order in which they run. Engines run a package's graph in file
-order, so the place of a node decides how long its inputs stay in memory.
+Order is meaning here: nodes stand in the order in which they run. Engines run a package's graph in
+file order, so the place of a node decides how long its inputs stay in memory.
 """
 
 from __future__ import annotations
@@ -146,8 +146,7 @@ class Graph:
             if old in node.inputs:
                 node.inputs = tuple(new if name == old else name for name in node.inputs)
         self.outputs = [
-            Port(new, port.dtype, port.shape) if port.name == old else port
-            for port in self.outputs
+            Port(new, port.dtype, port.shape) if port.name == old else port for port in self.outputs
         ]
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sub-models: keep some layers of the residual stream and drop the others.
 
-Source: FedRA (Su et al. 2024, https://arxiv.org/abs/2311.11227): kept blocks stay in their original order and the
-stream passes from one kept block to the next.
+Source: FedRA (Su et al. 2024, https://arxiv.org/abs/2311.11227): kept blocks stay in their
+original order and the stream passes from one kept block to the next.
 """
 
 from __future__ import annotations

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from lorikit.server.compile.graph import Graph, Port
+from lorikit.server.compile.graph import Graph, Node, Port
 
 
 def add_classification_loss(graph: Graph) -> str:
     """Append weighted cross-entropy to a forward graph with the output ``logits``.
 
     Adds the inputs ``labels`` int64 [batch] and ``weights`` float32 [batch], and the outputs
-    ``loss`` = sum_i w_i * (-log softmax(logits_i)[label_i]) and ``correct`` = number of rows with w_i > 0 whose
-    largest logit is their label, both float32 []. A step's micro-batches sum, since the caller's weights sum to 1
-    over the whole step.
+    ``loss`` = sum_i w_i * (-log softmax(logits_i)[label_i]) and ``correct`` = number of rows with
+    w_i > 0 whose largest logit is their label, both float32 []. A step's micro-batches sum, since
+    the caller's weights sum to 1 over the whole step.
 
     Returns:
         Name of the gradient of ``loss`` at the logits: w_i * (softmax(logits_i) - onehot(label_i)).
@@ -30,14 +30,14 @@ def add_classification_loss(graph: Graph) -> str:
     picked = graph.emit("GatherElements", log_probabilities, index, shape=rows, axis=1)
     weighted = graph.emit("Mul", picked, weight, shape=rows)
     total = graph.emit("ReduceSum", weighted, shape=(), keepdims=0)
-    _output(graph, "Neg", total, "loss")
+    _output(graph, graph.emit("Neg", total, shape=()), "loss")
 
     guess = graph.emit("ArgMax", "logits", shape=(batch,), axis=1, keepdims=0)
     hit = graph.emit("Equal", guess, "labels", shape=(batch,))
     counted = graph.emit("Greater", "weights", graph.floats(0.0), shape=(batch,))
     both = graph.emit("And", hit, counted, shape=(batch,))
     hits = graph.emit("Cast", both, shape=(batch,), to=1)
-    _output(graph, "ReduceSum", hits, "correct", keepdims=0)
+    _output(graph, graph.emit("ReduceSum", hits, shape=(), keepdims=0), "correct")
 
     probabilities = graph.emit("Exp", log_probabilities, shape=(batch, classes))
     depth = graph.constant([classes], np.int64, "ints")
@@ -47,8 +47,8 @@ def add_classification_loss(graph: Graph) -> str:
     return graph.emit("Mul", difference, weight, shape=(batch, classes))
 
 
-def _output(graph: Graph, op: str, source: str, name: str, **attributes: int) -> None:
-    value = graph.emit(op, source, shape=(), **attributes)
-    graph.nodes[-1].outputs = (name,)
-    graph.shapes[name] = graph.shapes.pop(value)
+def _output(graph: Graph, value: str, name: str) -> None:
+    """Let a scalar value leave the graph under a name of its own."""
+    graph.nodes.append(Node("Identity", (value,), (name,)))
+    graph.shapes[name] = ()
     graph.outputs.append(Port(name, np.dtype(np.float32), ()))

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of a graph from the life of its values.
 
-Engines run a graph in file order and release a value after its last use, so the peak follows from the graph
-alone: walk the nodes, add what each makes, subtract what has been read for the last time. Values that only look at
-another one's bytes (``Reshape`` and its like) cost nothing, and elementwise operators write over an input that is
-not read again, as onnxruntime does.
+Engines run a graph in file order and release a value after its last use, so the peak follows from
+the graph
+alone: walk the nodes, add what each makes, subtract what has been read for the last time. Values
+that only look at another one's bytes (``Reshape`` and its like) cost nothing, and elementwise
+operators write over an input that is not read again, as onnxruntime does.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def peak_memory(graph: Graph, sizes: Mapping[str, int]) -> Peak:
 
 
 def value_bytes(graph: Graph, name: str, sizes: Mapping[str, int]) -> int:
-    """Bytes of one value; a value of unknown shape counts as nothing (they are index arithmetic)."""
+    """Bytes of one value; one of unknown shape is index arithmetic and counts as nothing."""
     shape = graph.shapes.get(name)
     if shape is None:
         return 0

@@ -55,12 +55,7 @@ def to_onnx(graph: Graph) -> onnx.ModelProto:
     initializers = [_tensor(graph, name) for name in _used_constants(graph)]
     model = helper.make_model(
         helper.make_graph(
-            [
-                helper.make_node(
-                    n.op, n.inputs, n.outputs, domain=n.domain, name=n.outputs[0], **n.attributes
-                )
-                for n in graph.nodes
-            ],
+            [_node(node) for node in graph.nodes],
             "lorikit",
             [_value_info(port) for port in graph.inputs],
             [_value_info(port) for port in graph.outputs],
@@ -71,6 +66,15 @@ def to_onnx(graph: Graph) -> onnx.ModelProto:
         producer_name="lorikit",
     )
     return model
+
+
+def _node(node: Node) -> onnx.NodeProto:
+    proto = helper.make_node(
+        node.op, node.inputs, node.outputs, domain=node.domain, name=node.outputs[0]
+    )
+    for name, value in node.attributes.items():
+        proto.attribute.append(helper.make_attribute(name, value))
+    return proto
 
 
 def _used_constants(graph: Graph) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from lorikit.proto.manifest import AdapterTensor, BlobRef, Graph, Manifest
 from lorikit.proto.tensors import Bundle, pack, raw
@@ -115,7 +116,7 @@ def manifest_graph(name: str, runtime: str, graph: ir.Graph, blob: BlobRef) -> G
 
 def probe_bundle(probe: Probe, names: set[str]) -> bytes:
     """The probe as a blob: tensors ``batch.*``, ``adapter.*``, ``expected.*``, and scalars."""
-    batch = {
+    batch: dict[str, npt.NDArray[np.generic]] = {
         "input_ids": probe.input_ids,
         "attention_mask": probe.attention_mask,
         "labels": probe.labels,

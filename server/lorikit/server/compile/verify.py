@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """No package leaves the server before its graph agrees with torch + PEFT.
 
-One step of the compiled graph is compared with autograd on the same model whose frozen weights were replaced by the
-de-quantised ones: the loss, the logits and every gradient.
+One step of the compiled graph is compared with autograd on the same model whose frozen weights
+were replaced by the de-quantised ones: the loss, the logits and every gradient.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def make_probe(
         seed: Of batch and adapter.
     """
     rng = np.random.default_rng(seed)
-    vocabulary = int(getattr(model.module.config, "vocab_size", 1000))  # type: ignore[arg-type]
-    classes = int(getattr(model.module.config, "num_labels", 2))  # type: ignore[arg-type]
+    vocabulary = int(getattr(model.module.config, "vocab_size", 1000))
+    classes = int(getattr(model.module.config, "num_labels", 2))
     ids = rng.integers(1, vocabulary, (3, 9))
     mask = np.ones_like(ids)
     mask[1, 6:] = 0
@@ -134,7 +134,7 @@ def run_graph(path: Path, probe: Probe) -> Mapping[str, Float32]:
 
 
 def relative_error(value: Float32, expected: Float32) -> float:
-    """Frobenius norm of the difference over that of the expected; infinite for NaN or another shape."""
+    """Norm of the difference over that of the expected; infinite for NaN or another shape."""
     if value.shape != expected.shape or not np.isfinite(value).all():
         return float("inf")
     scale = float(np.linalg.norm(expected))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen weights: which codec each gets, one blob per layer and precision, and how a graph reads them.
+"""Frozen weights: the codec of each, one blob per layer and precision, how a graph reads them.
 
-A graph never holds a de-quantised weight for longer than one use. Each use has its own de-quantising nodes, placed
-right before it, so that forward and backward each pay the time and neither keeps the memory.
+A graph never holds a de-quantised weight for longer than one use. Each use has its own
+de-quantising nodes, placed right before it, so that forward and backward each pay the time and
+neither keeps the memory.
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ class Base:
 def codec_for(name: str, values: Array, precision: str, *, is_table: bool) -> str:
     """Codec of one frozen tensor.
 
-    Vectors stay fp32: they are small and quality hangs on them. Tables (embeddings) take at most 8 bits in the
-    small formats and never fewer, since a row is read as it is. A matrix whose size does not fill NF4's
-    blocks takes 8 bits.
+    Vectors stay fp32: they are small and quality hangs on them. Tables (embeddings) take at most 8
+    bits in the small formats and never fewer, since a row is read as it is. A matrix whose size
+    does not fill NF4's blocks takes 8 bits.
     """
     if precision not in PRECISIONS:
         raise CompileError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -113,8 +114,7 @@ def store_base(
     blobs: dict[int, BlobRef] = {}
     for layer, names in sorted(by_layer.items()):
         encoded = {
-            name: _encode(name, weights[name], precision, is_table=name in tables)
-            for name in names
+            name: _encode(name, weights[name], precision, is_table=name in tables) for name in names
         }
         data, places = _lay_out(encoded)
         blob = digest_of(data)
@@ -202,8 +202,8 @@ def _read(graph: Graph, node: Node, position: int, stored: Stored) -> None:
 def _use_nf4_kernel(node: Node, encoded: Encoded, parts: Mapping[str, str]) -> None:
     """Multiply with the packed codes themselves: y = x W^T without a de-quantised W.
 
-    The backward form of this kernel is wrong on CPUs for matrices that are not square, so gradients read the
-    de-quantised weight instead.
+    The backward form of this kernel is wrong on CPUs for matrices that are not square, so
+    gradients read the de-quantised weight instead.
     """
     rows, columns = encoded.shape
     node.op, node.domain = "MatMulBnb4", MICROSOFT
@@ -211,9 +211,7 @@ def _use_nf4_kernel(node: Node, encoded: Encoded, parts: Mapping[str, str]) -> N
     node.attributes = {"K": columns, "N": rows, "block_size": NF4_BLOCK, "quant_type": 1}
 
 
-def _table_rows(
-    graph: Graph, node: Node, encoded: Encoded, parts: Mapping[str, str]
-) -> str:
+def _table_rows(graph: Graph, node: Node, encoded: Encoded, parts: Mapping[str, str]) -> str:
     """Rows of a stored table: only the rows that are asked for are de-quantised."""
     if node.attributes.get("axis", 0) != 0:
         raise UnsupportedModelError(f"{node.scope}: a quantised table is read along axis 0 only")

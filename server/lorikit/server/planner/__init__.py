@@ -1,2 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Profile and memory model -> precision, rank, depth, micro-batch."""
+
+from __future__ import annotations
+
+from lorikit.server.planner.planner import Choice, DoesNotFitError, Planner, lowest_trained_layer
+
+__all__ = ["Choice", "DoesNotFitError", "Planner", "lowest_trained_layer"]

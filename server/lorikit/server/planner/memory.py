@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 NODE_BYTES = 6_000
-"""Anonymous bytes an onnxruntime session holds per node; measured over graphs of 300 to 3,000 nodes."""
+"""Anonymous bytes an onnxruntime session holds per node; measured over graphs of 300 to 3,000
+nodes."""
 
 SESSION_BYTES = 6 << 20
 """Anonymous bytes of a session beside its nodes: arena, threads, allocator slack."""
