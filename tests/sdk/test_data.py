@@ -3,11 +3,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.sdk.engines.tiny_package import LABELS, tokenizer_json
 
 from lorikit.proto.manifest import Task
 from lorikit.sdk._data import Dataset
 from lorikit.sdk._errors import DataError, PackageError
-from tests.sdk.engines.tiny_package import LABELS, tokenizer_json
 
 TASK = Task(kind="sequence-classification", labels=LABELS)
 

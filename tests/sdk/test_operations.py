@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.sdk.engines.tiny_package import INPUTS, build_tiny_package, example_rows
 
 from lorikit.proto.plan import OPERATIONS, Operation
 from lorikit.proto.tensors import Tensors
@@ -23,7 +24,6 @@ from lorikit.sdk._operations.class_sums import COUNTS, SUMS, ClassSums
 from lorikit.sdk._operations.prune_tail import PruneTail
 from lorikit.sdk._operations.tail_penalty import TailPenalty
 from lorikit.sdk.engines import open_engine
-from tests.sdk.engines.tiny_package import INPUTS, build_tiny_package, example_rows
 
 PAIRS = (("q.A", "q.B"), ("v.A", "v.B"))
 
@@ -43,13 +43,13 @@ def _pruned(operation: PruneTail, received: Tensors, adapter: Tensors) -> Result
             received=received,
             adapter=adapter,
             pairs=PAIRS,
-            engine=None,
-            data=None,
+            engine=None,  # type: ignore[arg-type]  # pruning looks at adapters alone
+            data=None,  # type: ignore[arg-type]  # as above
             classes=1,
             inputs={},
             seed=0,
             check_cancelled=lambda: None,
-        )  # type: ignore[arg-type]  # fmt: skip  # pruning looks at adapters alone
+        )
     )
 
 
@@ -174,7 +174,7 @@ def _class_sums(folder: Path, operation: ClassSums) -> tuple[Result, Dataset, np
             inputs=INPUTS,
             seed=1,
             check_cancelled=lambda: None,
-        )  # fmt: skip
+        )
     )
     features = np.concatenate([package.features(adapter, data.batch([n])) for n in range(11)])
     return result, data, features

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,12 +99,6 @@ def _phase_operations(phase: Phase, manifest: Manifest) -> tuple[GradientOperati
             )
     if len(set(phase.train)) != len(phase.train):
         raise PlanRefusedError(f"phase {phase.name!r} lists a tensor twice")
-    for role, factor in phase.learning_rate_factors.items():
-        if not (factor >= 0 and math.isfinite(factor)):
-            raise PlanRefusedError(
-                f"phase {phase.name!r}: learning-rate factor of {role} must be finite and at "
-                f"least 0, got {factor}"
-            )
     return tuple(build(operation, GRADIENT_OPERATIONS) for operation in phase.gradient_operations)
 
 
@@ -134,9 +127,6 @@ def _check_inputs(plan: Plan, manifest: Manifest, operations: Sequence[FinalOper
         missing = [i for i in scalar_inputs(manifest, graph) if i not in plan.inputs]
         if missing:
             raise PlanRefusedError(f"the plan gives no value for the graph's input {missing[0]!r}")
-    for name, value in plan.inputs.items():
-        if not math.isfinite(value):
-            raise PlanRefusedError(f"the plan's input {name!r} is {value}")
 
 
 def _check_send(plan: Plan, manifest: Manifest, operations: Sequence[FinalOperation]) -> None:

@@ -27,6 +27,7 @@ from lorikit.sdk.engines._signature import (
 from lorikit.sdk.engines.base import Batch, Gradients, Predictions
 
 _OUT_OF_MEMORY = ("bad_alloc", "failed to allocate", "cannot allocate memory", "out of memory")
+_UNSUPPORTED = ("is not a registered function/op", "opset", "ir version", "ir_version")
 
 
 class OnnxEngine:
@@ -181,10 +182,7 @@ def _translated(error: Exception, action: str) -> Exception:
             f"{action}: the runtime could not get the memory it needs: {text:.200}"
         )
     kind = type(error).__name__
-    unsupported = (
-        kind in ("NotImplemented", "InvalidGraph") or "opset" in text or "IR version" in text
-    )
-    if unsupported:
+    if kind == "NotImplemented" or any(sign in text.lower() for sign in _UNSUPPORTED):
         return UnsupportedPackageError(
             f"{action}: onnxruntime {onnxruntime.__version__} cannot run it: {text:.300}"
         )
