@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A first round without training, which sets the task head from class means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lorikit.proto.manifest import AdapterTensor
+from lorikit.proto.plan import Operation
+from lorikit.proto.tensors import Tensors
+from lorikit.server.methods.adapters import every_layer, leading_ranks, same_ranks
+from lorikit.server.methods.base import (
+    AdapterSpace,
+    Assignment,
+    Contribution,
+    Method,
+    Participant,
+    State,
+)
+
+Float64 = npt.NDArray[np.float64]
+
+CLASS_SUMS = "statistics.class_sums"
+"""Tensor that the operation ``class_sums`` sends: sum of the head's inputs, [classes, width]."""
+CLASS_COUNTS = "statistics.class_counts"
+"""Tensor that it sends beside it: number of examples, [classes]."""
+
+_KEY = "head_start"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadStartConfig:
+    """How a head is made from class means."""
+
+    rule: Literal["cosine", "nearest-mean"] = "cosine"
+    """``cosine``: every class has a row of the same length; ``nearest-mean``: the class whose mean
+    is nearest wins."""
+    confidence: float = 0.9
+    """Mean probability that the head gives a class at its own mean; in (0, 1). Sets the scale of
+    the logits. 0.9 was near the smallest test loss for MiniLM on CLINC150 (measured: 1.04, at
+    0.75 accuracy before any training)."""
+    scale: float = 0.0
+    """kappa, if it shall not follow from ``confidence``; 0 otherwise."""
+    max_examples: int = 0
+    """Most examples a device looks at; 0 for all."""
+
+    def __post_init__(self) -> None:
+        if self.rule not in ("cosine", "nearest-mean"):
+            raise ValueError(f"rule must be 'cosine' or 'nearest-mean', got {self.rule!r}")
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence must lie in (0, 1), got {self.confidence}")
+        if not (self.scale >= 0 and math.isfinite(self.scale)):
+            raise ValueError(f"scale must be at least 0 and finite, got {self.scale}")
+        if self.max_examples < 0:
+            raise ValueError(f"max_examples must be at least 0, got {self.max_examples}")
+
+
+class HeadStart:
+    """Puts one round of class sums before any method.
+
+    In the first round devices send, per class, the sum of the head's input features under the
+    initial adapter, and the number of examples. With ``mu_c`` the class means over all devices,
+    ``mu`` their plain mean and ``d_c = mu_c - mu``, the head becomes
+
+        cosine:        w_c = kappa d_c / ||d_c||     b_c = - w_c . mu
+        nearest-mean:  w_c = kappa d_c               b_c = - kappa (||mu_c||^2 - ||mu||^2) / 2
+
+    The first gives logits ``kappa u_c . (f - mu)``; the second gives ``-kappa/2 ||f - mu_c||^2``
+    up to a term that is the same for all classes. A class that no device has gets ``w_c = 0`` and
+    ``b_c = 0``: it stands at the mean of all classes. Class means, unlike gradients, do not suffer
+    from devices that see few classes: the result is that of pooled data.
+
+    A shared covariance (linear discriminant analysis) would need second moments, which class sums
+    do not hold: [width, width] numbers more per device. It is not offered.
+
+    Devices send sums over their own examples; a class with one example on a device reveals that
+    example's features. Wrap the other way round than ``ServerOptimizer``: this one outside.
+
+    Source:
+        Legate et al. 2023, "Guiding The Last Layer in Federated Learning with Pre-Trained Models",
+        https://arxiv.org/abs/2306.03937 (FedNCM). Subtracting the mean and choosing kappa are ours.
+    """
+
+    def __init__(self, method: Method, config: HeadStartConfig | None = None) -> None:
+        """Wrap a method."""
+        self.method = method
+        self.config = config or HeadStartConfig()
+
+    @property
+    def name(self) -> str:
+        """Name of the wrapped method."""
+        return self.method.name
+
+    def start(self, space: AdapterSpace, initial: Tensors) -> State:
+        """State of the wrapped method, waiting for the class sums.
+
+        Raises:
+            ValueError: The model's head is not one linear map.
+        """
+        linear_head(space)
+        state = self.method.start(space, initial)
+        return _marked(state, is_waiting=True, rounds=0)
+
+    def assign(
+        self,
+        state: State,
+        space: AdapterSpace,
+        round_number: int,
+        cohort: Sequence[Participant],
+        rng: np.random.Generator,
+    ) -> tuple[Assignment, ...]:
+        """Class sums from everybody at first, then what the wrapped method assigns."""
+        if is_waiting(state):
+            return tuple(self._class_sums(state, space, device) for device in cohort)
+        rounds = round_number - int(state.extra[_KEY]["rounds"])
+        return self.method.assign(state, space, rounds, cohort, rng)
+
+    def broadcast(self, state: State, space: AdapterSpace, assignment: Assignment) -> Tensors:
+        """The start adapter for class sums, then what the wrapped method sends."""
+        if is_waiting(state):
+            return leading_ranks(self.method.global_adapter(state, space), space, assignment.ranks)
+        return self.method.broadcast(state, space, assignment)
+
+    def aggregate(
+        self, state: State, space: AdapterSpace, contributions: Iterable[Contribution]
+    ) -> State:
+        """The head from the class sums, or the wrapped method's aggregate."""
+        if not is_waiting(state):
+            return self.method.aggregate(state, space, contributions)
+        weight, bias = linear_head(space)
+        sums, counts = _totals(weight, contributions)
+        rounds = int(state.extra[_KEY]["rounds"]) + 1
+        if not counts.any():
+            return _marked(state, is_waiting=True, rounds=rounds)
+        w, b = head_from_means(sums, counts, self.config, with_bias=bias is not None)
+        head = {weight.name: w.astype(np.float32)}
+        if bias is not None:
+            head[bias.name] = b.astype(np.float32)
+        started = replace(state, tensors={**state.tensors, **head})
+        return _marked(started, is_waiting=False, rounds=rounds)
+
+    def global_adapter(self, state: State, space: AdapterSpace, rank: int | None = None) -> Tensors:
+        """The wrapped method's adapter."""
+        return self.method.global_adapter(state, space, rank)
+
+    def _class_sums(self, state: State, space: AdapterSpace, device: Participant) -> Assignment:
+        """Every layer of the model, since features of a sub-model are not those of the model.
+
+        Rank 1 suffices while B is 0 everywhere.
+        """
+        adapter = self.method.global_adapter(state, space)
+        is_zero = not any(adapter[b.name].any() for _, b in space.pairs())
+        full = {a.module: adapter[a.name].shape[0] for a, _ in space.pairs()}
+        operation = Operation(
+            name="class_sums", arguments={"max_examples": self.config.max_examples}
+        )
+        return Assignment(
+            device_id=device.device_id,
+            ranks=same_ranks(space, 1) if is_zero else full,
+            trained_layers=(),
+            kept_layers=every_layer(space),
+            train_head=False,
+            operations=(operation,),
+            train=False,
+        )
+
+
+def is_waiting(state: State) -> bool:
+    """Whether the next round asks for class sums."""
+    return bool(state.extra.get(_KEY, {}).get("is_waiting", False))
+
+
+def linear_head(space: AdapterSpace) -> tuple[AdapterTensor, AdapterTensor | None]:
+    """Weight [classes, width] and bias [classes] of a head that is one linear map.
+
+    Raises:
+        ValueError: The head is something else.
+    """
+    head = space.named("head")
+    weights = [tensor for tensor in head if len(tensor.shape) == 2]
+    biases = [tensor for tensor in head if len(tensor.shape) == 1]
+    if len(weights) != 1 or len(head) != 1 + len(biases) or len(biases) > 1:
+        names = ", ".join(tensor.name for tensor in head) or "nothing"
+        raise ValueError(
+            f"class means need a head of one linear map, this model's is {names}; "
+            "run without the head start"
+        )
+    return weights[0], biases[0] if biases else None
+
+
+def head_from_means(
+    sums: Float64, counts: Float64, config: HeadStartConfig, *, with_bias: bool = True
+) -> tuple[Float64, Float64]:
+    """Weight and bias of the head.
+
+    Args:
+        sums: Sum of the features by class, [classes, width].
+        counts: Examples by class, [classes]; 0 where nobody has the class, but not everywhere.
+        config: Rule and scale.
+        with_bias: False for a head without bias, whose rows are then made from the means as they
+            are, without subtracting their mean.
+
+    Returns:
+        Weight [classes, width] and bias [classes]; the bias is 0 without one.
+    """
+    seen = counts > 0
+    means = sums[seen] / counts[seen, None]
+    centre = means.mean(axis=0) if with_bias else np.zeros(sums.shape[1])
+    rows = means - centre
+    if config.rule == "cosine":
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+        rows = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+        shifts = -rows @ centre
+    else:
+        shifts = -(np.sum(means**2, axis=1) - np.sum(centre**2)) / 2
+    shifts = shifts if with_bias else np.zeros_like(shifts)
+    kappa = config.scale or scale_for(means @ rows.T + shifts, config.confidence)
+    weight, bias = np.zeros(sums.shape), np.zeros(len(counts))
+    weight[seen], bias[seen] = kappa * rows, kappa * shifts
+    return weight, bias
+
+
+def scale_for(logits: Float64, confidence: float) -> float:
+    """The scale at which the mean probability of the own class reaches ``confidence``.
+
+    Args:
+        logits: Logit of each class (columns) at each class's mean (rows), at scale 1.
+        confidence: Wanted mean of the diagonal of the row-wise softmax.
+
+    Returns:
+        The scale, by bisection between 1e-3 and 1e4; an end of that range if it lies outside, and
+        1 if there is one class only.
+    """
+    if len(logits) < 2:
+        return 1.0
+    margins = logits - np.diag(logits)[:, None]
+    low, high = 1e-3, 1e4
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        odds = np.exp(np.minimum(middle * margins, 700.0)).sum(axis=1)
+        low, high = (middle, high) if np.mean(1 / odds) < confidence else (low, middle)
+    return low
+
+
+def _totals(
+    weight: AdapterTensor, contributions: Iterable[Contribution]
+) -> tuple[Float64, Float64]:
+    classes, width = (int(length) for length in weight.shape)
+    sums, counts = np.zeros((classes, width)), np.zeros(classes)
+    for contribution in contributions:
+        sums += contribution.tensors[CLASS_SUMS]
+        counts += contribution.tensors[CLASS_COUNTS]
+    return sums, counts
+
+
+def _marked(state: State, *, is_waiting: bool, rounds: int) -> State:
+    mark = {"is_waiting": is_waiting, "rounds": rounds}
+    return replace(state, extra={**state.extra, _KEY: mark})
