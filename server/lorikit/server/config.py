@@ -282,7 +282,16 @@ class ServerConfig(_Settings):
     @property
     def database_url(self) -> str:
         """SQLAlchemy URL of the database."""
-        return self.database or f"sqlite:///{self.folder.absolute() / 'lorikit.sqlite'}"
+        return self.database or f"sqlite:///{self.private_folder / 'lorikit.sqlite'}"
+
+    @property
+    def private_folder(self) -> Path:
+        """What the server keeps for itself; no run can have its name."""
+        return self.folder.absolute() / ".server"
+
+    def run_folder(self, name: str) -> Path:
+        """Where the results of a run go."""
+        return self.folder.absolute() / name
 
 
 def parse_run_config(text: str | bytes) -> RunConfig:

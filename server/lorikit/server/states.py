@@ -86,7 +86,7 @@ ROUND_TRANSITIONS: Mapping[RoundState, frozenset[RoundState]] = {
         {RoundState.ASSIGNING, RoundState.AGGREGATING, RoundState.ABANDONED}
     ),
     RoundState.AGGREGATING: frozenset({RoundState.EVALUATING, RoundState.ABANDONED}),
-    RoundState.EVALUATING: frozenset({RoundState.CLOSED}),
+    RoundState.EVALUATING: frozenset({RoundState.CLOSED, RoundState.ABANDONED}),
     RoundState.CLOSED: frozenset(),
     RoundState.ABANDONED: frozenset(),
 }

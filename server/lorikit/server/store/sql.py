@@ -355,6 +355,21 @@ class SqlStore:
                 self._move_task(session, task, TaskState.OPEN)
             return True
 
+    def wanted_tasks(self) -> frozenset[str]:
+        """Tasks whose update may still count."""
+        query = (
+            select(TaskRow.id)
+            .join(
+                RoundRow, (RoundRow.run_id == TaskRow.run_id) & (RoundRow.number == TaskRow.round)
+            )
+            .where(
+                TaskRow.state.in_((TaskState.OPEN, TaskState.EXPIRED)),
+                RoundRow.state.in_((RoundState.ASSIGNING, RoundState.TRAINING)),
+            )
+        )
+        with self._begin() as session:
+            return frozenset(session.scalars(query))
+
     def busy_devices(self) -> frozenset[str]:
         """Devices that have an open task in any run."""
         query = select(TaskRow.device_id).where(TaskRow.state == TaskState.OPEN)

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the server says to one device: who it is, what it should do, whether to go on.
+
+A task's lease is the device's silence: it ends when nothing was heard of the device for
+``lease_seconds``. Silence is counted on a monotonic clock from the start of the server at the
+earliest, so that neither a restart nor a clock that jumps takes work away from a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+import json
+import logging
+import math
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from lorikit.proto.device import Profile
+from lorikit.proto.status import ErrorCode
+from lorikit.server.config import ServerConfig
+from lorikit.server.errors import RequestError
+from lorikit.server.offload import Offload
+from lorikit.server.plans import identifier
+from lorikit.server.signals import Signals
+from lorikit.server.states import TaskState
+from lorikit.server.store.sql import SqlStore
+from lorikit.server.store.tables import MemberRow, RunRow, TaskRow
+
+logger = logging.getLogger(__name__)
+
+_MAX_TEXT = 200
+_MAX_MESSAGE = 500
+_MAX_LIST = 64
+_MAX_METRICS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Work for the device."""
+
+    task: TaskRow
+    lease_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """No work now; come back at a random time between the two, in seconds."""
+
+    min_seconds: float
+    max_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The device cannot take part as it is."""
+
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """No run needs the device any more; what it gets from the last one it was in."""
+
+    run: RunRow
+    member: MemberRow
+
+
+Answer = Offer | Pause | Refused | Ended
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a device last said it was doing."""
+
+    state: str
+    step: int
+    steps: int
+
+
+def run_key(run_id: str) -> str:
+    """Signal of a run: something it waits for may have happened."""
+    return f"run:{run_id}"
+
+
+def device_key(device_id: str) -> str:
+    """Signal of a device: it may have work."""
+    return f"device:{device_id}"
+
+
+class TaskBoard:
+    """Devices, their tasks and their presence."""
+
+    def __init__(
+        self,
+        store: SqlStore,
+        signals: Signals,
+        offload: Offload,
+        config: ServerConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Bind the parts; ``clock`` is monotonic seconds."""
+        self._store = store
+        self._signals = signals
+        self._offload = offload
+        self._config = config
+        self._clock = clock
+        self._started = clock()
+        self._heard: dict[str, float] = {}
+        self._waiting: Counter[str] = Counter()
+        self._token_hashes: dict[str, str] = {}
+        self._joined: set[tuple[str, str]] = set()
+        self._progress: dict[str, Progress] = {}
+        self._is_stopping = False
+
+    async def enrol(self, installation_id: str, profile: Profile) -> tuple[str, str]:
+        """Identity and secret of an installation; a repeated call gives a new secret.
+
+        Raises:
+            RequestError: REQUEST_INVALID, or SERVER_BUSY when no more devices are taken.
+        """
+        if not 8 <= len(installation_id) <= _MAX_TEXT or not installation_id.isprintable():
+            raise _invalid("installation_id must be 8 to 200 printable characters")
+        check_profile(profile)
+        device_id = identifier("device", installation_id)
+        token = secrets.token_urlsafe(32)
+        await self._offload.database(
+            self._store.enrol,
+            device_id,
+            installation_id=installation_id,
+            token_hash=_hash(token),
+            profile=_profile_to_json(profile),
+            max_devices=self._config.limits.max_devices,
+        )
+        self._token_hashes[device_id] = _hash(token)
+        self.touch(device_id)
+        logger.info("enrolled device=%s class=%s", device_id, profile.device_class)
+        return device_id, token
+
+    async def authenticate(self, device_id: str, token: str) -> None:
+        """Nothing, when the secret is the device's.
+
+        Raises:
+            RequestError: IDENTITY_REQUIRED otherwise.
+        """
+        expected = self._token_hashes.get(device_id)
+        if expected is None:
+            device = await self._offload.database(self._store.device, device_id)
+            if device is None:
+                raise RequestError(ErrorCode.IDENTITY_REQUIRED, "unknown device")
+            expected = self._token_hashes.setdefault(device_id, device.token_hash)
+        if not hmac.compare_digest(expected, _hash(token)):
+            raise RequestError(ErrorCode.IDENTITY_REQUIRED, "wrong token")
+        self.touch(device_id)
+
+    def touch(self, device_id: str) -> None:
+        """Note that the device was heard of."""
+        self._heard[device_id] = self._clock()
+
+    def silence(self, device_id: str) -> float:
+        """Seconds since the device was heard of, or since the server started."""
+        if self._waiting[device_id]:
+            return 0.0
+        return self._clock() - max(self._heard.get(device_id, self._started), self._started)
+
+    def present(self) -> frozenset[str]:
+        """Devices heard of since the start, and lately."""
+        limit = self._config.presence_seconds
+        return frozenset(d for d in self._heard if self.silence(d) <= limit)
+
+    def progress(self) -> Mapping[str, Progress]:
+        """What devices last said, by task."""
+        return dict(self._progress)
+
+    async def next_task(
+        self, device_id: str, *, wait_seconds: float, profile: Profile | None = None
+    ) -> Answer:
+        """Work for the device, waiting for it up to ``wait_seconds``."""
+        if profile is not None:
+            await self._set_profile(device_id, profile)
+        wait = wait_seconds if math.isfinite(wait_seconds) else 0.0
+        end = self._clock() + min(max(wait, 0.0), self._config.max_wait_seconds)
+        key = device_key(device_id)
+        self._waiting[device_id] += 1
+        try:
+            while True:
+                seen = self._signals.version(key)
+                answer = await self._answer(device_id)
+                left = end - self._clock()
+                if answer is not None:
+                    return answer
+                if left <= 0 or self._is_stopping:
+                    return Pause(self._config.retry_seconds, 2 * self._config.retry_seconds)
+                await self._signals.wait(key, seen, left)
+        finally:
+            self._waiting[device_id] -= 1
+            self.touch(device_id)
+
+    async def heartbeat(self, device_id: str, task_id: str, progress: Progress) -> bool:
+        """Whether the device should go on with the task."""
+        await self.own_task(device_id, task_id)
+        wanted = await self._offload.database(self._store.is_wanted, task_id)
+        if wanted:
+            self._progress[task_id] = progress
+        else:
+            self._progress.pop(task_id, None)
+        return wanted
+
+    async def fail(self, device_id: str, task_id: str, *, error: str, message: str) -> None:
+        """Note that the device could not do its task."""
+        task = await self.own_task(device_id, task_id)
+        logger.warning(
+            "task failed run=%s round=%d device=%s error=%s",
+            task.run_id,
+            task.round,
+            device_id,
+            error[:_MAX_TEXT],
+        )
+        await self._offload.database(
+            self._store.end_task,
+            task_id,
+            TaskState.FAILED,
+            error=error[:_MAX_TEXT],
+            message=message[:_MAX_MESSAGE],
+        )
+        self._signals.notify(run_key(task.run_id))
+
+    async def evaluated(
+        self, device_id: str, task_id: str, *, metrics: Mapping[str, float], examples: int
+    ) -> None:
+        """Note what the device measured on its own data."""
+        task = await self.own_task(device_id, task_id)
+        if len(metrics) > _MAX_METRICS or any(len(name) > _MAX_TEXT for name in metrics):
+            raise _invalid(f"at most {_MAX_METRICS} metrics of at most {_MAX_TEXT} letters")
+        if not all(math.isfinite(value) for value in metrics.values()):
+            raise _invalid("a metric is not finite")
+        if not 0 <= examples < 1 << 53:
+            raise _invalid(f"examples is {examples}")
+        await self._offload.database(
+            self._store.accept_evaluation, task_id, metrics=metrics, examples=examples
+        )
+        self._signals.notify(run_key(task.run_id))
+
+    async def own_task(self, device_id: str, task_id: str) -> TaskRow:
+        """The device's task; raises ``RequestError`` TASK_UNKNOWN for any other."""
+        task = await self._offload.database(self._store.task, task_id)
+        if task is None or task.device_id != device_id:
+            raise RequestError(ErrorCode.TASK_UNKNOWN, f"no task {task_id[:80]!r} of this device")
+        return task
+
+    async def expire(self, tasks: Iterable[TaskRow]) -> int:
+        """End the leases of silent devices; how many."""
+        count = 0
+        for task in tasks:
+            if task.state is not TaskState.OPEN:
+                continue
+            if self.silence(task.device_id) <= self._config.lease_seconds:
+                continue
+            message = f"nothing heard for {self._config.lease_seconds:g} seconds"
+            count += await self._offload.database(
+                self._store.end_task, task.id, TaskState.EXPIRED, message=message
+            )
+        return count
+
+    def announce(self, device_ids: Iterable[str]) -> None:
+        """Wake devices that wait for work."""
+        self._signals.notify(*(device_key(device_id) for device_id in device_ids))
+
+    def forget_progress(self, tasks: Iterable[TaskRow]) -> None:
+        """Drop what devices said about tasks that are over."""
+        for task in tasks:
+            self._progress.pop(task.id, None)
+
+    def stop(self) -> None:
+        """Send waiting devices away; they come back when the server is up again."""
+        self._is_stopping = True
+        self._signals.notify_all()
+
+    async def _set_profile(self, device_id: str, profile: Profile) -> None:
+        check_profile(profile)
+        text = _profile_to_json(profile)
+        if await self._offload.database(self._store.set_profile, device_id, text):
+            runs = await self._offload.database(self._store.runs, active_only=True)
+            self._signals.notify(*(run_key(run.id) for run in runs))
+
+    async def _answer(self, device_id: str) -> Answer | None:
+        task = await self._offload.database(self._store.current_task, device_id)
+        if task is not None:
+            return Offer(task, self._config.lease_seconds)
+        active = await self._offload.database(self._store.runs, active_only=True)
+        for run in active:
+            await self._join(run.id, device_id)
+        memberships = await self._offload.database(self._store.memberships, device_id)
+        current = [member for member, run in memberships if run.state.is_active]
+        if current and all(member.refused_reason is not None for member in current):
+            return Refused(current[0].refused_reason or "", current[0].refused_remedy or "")
+        if current or not memberships:
+            return None
+        member, run = memberships[0]
+        return Ended(run, member)
+
+    async def _join(self, run_id: str, device_id: str) -> None:
+        if (run_id, device_id) not in self._joined:
+            await self._offload.database(self._store.join, run_id, device_id)
+            self._joined.add((run_id, device_id))
+        self._signals.notify(run_key(run_id))
+
+
+def check_profile(profile: Profile) -> None:
+    """Nothing, when every field lies in its range.
+
+    Raises:
+        RequestError: REQUEST_INVALID; the detail names the field.
+    """
+    if not 0 < profile.memory_limit_bytes < 1 << 63:
+        raise _invalid(f"profile.memory_limit_bytes is {profile.memory_limit_bytes}")
+    if not 1 <= profile.cores <= 1 << 16:
+        raise _invalid(f"profile.cores is {profile.cores}")
+    for field in dataclasses.fields(profile):
+        value = getattr(profile, field.name)
+        if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+            raise _invalid(f"profile.{field.name} is {value}")
+        if isinstance(value, str) and len(value) > _MAX_TEXT:
+            raise _invalid(f"profile.{field.name} has {len(value)} letters, {_MAX_TEXT} allowed")
+        if isinstance(value, tuple) and len(value) > _MAX_LIST:
+            raise _invalid(f"profile.{field.name} has {len(value)} entries, {_MAX_LIST} allowed")
+    texts = [*profile.operations, *profile.codecs]
+    texts += [text for engine in profile.engines for text in (engine.name, engine.version)]
+    if any(len(text) > _MAX_TEXT for text in texts):
+        raise _invalid(f"profile holds a text of more than {_MAX_TEXT} letters")
+
+
+def _profile_to_json(profile: Profile) -> str:
+    return json.dumps(dataclasses.asdict(profile), sort_keys=True)
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _invalid(detail: str) -> RequestError:
+    return RequestError(ErrorCode.REQUEST_INVALID, detail)

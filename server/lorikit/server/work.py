@@ -1,0 +1,538 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The work of each state of a round, as plain blocking calls.
+
+Every call may be repeated: it reads the store and the blobs, and what it writes has the same name
+and content each time. So a server that was killed anywhere starts the state's work again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lorikit.proto.device import EngineInfo, Profile
+from lorikit.proto.manifest import BlobRef, Manifest
+from lorikit.proto.plan import PLAN_VERSION, Plan
+from lorikit.proto.tensors import Bundle, Tensors, pack, raw
+from lorikit.proto.wire import plan_to_message
+from lorikit.server.config import EvaluationData, RunConfig
+from lorikit.server.errors import DoesNotFitError, LorikitError
+from lorikit.server.methods.base import (
+    AdapterSpace,
+    Assignment,
+    Contribution,
+    Method,
+    Participant,
+    State,
+)
+from lorikit.server.methods.state import pack_state, unpack_state
+from lorikit.server.plans import (
+    Choice,
+    assignment_from_json,
+    assignment_to_json,
+    build_plan,
+    expected_from_json,
+    expected_to_json,
+    expected_update,
+    identifier,
+    largest_update_bytes,
+    missing_operations,
+    seed_of,
+)
+from lorikit.server.store.blobs import FolderBlobs
+from lorikit.server.store.sql import SqlStore
+from lorikit.server.store.tables import RoundRow, TaskRow, UpdateRow
+from lorikit.server.updates import read_update
+
+logger = logging.getLogger(__name__)
+
+
+class Package(Protocol):
+    """A published package; see ``compile.Package``."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is in it."""
+        ...
+
+    @property
+    def ref(self) -> BlobRef:
+        """Blob of the manifest."""
+        ...
+
+
+class PackageSource(Protocol):
+    """Where packages come from; see ``compile.Compiler``."""
+
+    @property
+    def layer_count(self) -> int:
+        """Layers of the base model."""
+        ...
+
+    def space(self, max_rank: int) -> AdapterSpace:
+        """The adapter tensors of the base model."""
+        ...
+
+    def initial(self, max_rank: int, seed: int) -> Tensors:
+        """Start values of the adapter."""
+        ...
+
+    def package(
+        self,
+        *,
+        precision: str,
+        lowest_trained_layer: int,
+        kept_layers: Sequence[int] | None = None,
+        runtime: str = "onnx",
+    ) -> Package:
+        """A verified, published package."""
+        ...
+
+    def logits(
+        self,
+        adapter: Tensors,
+        texts: Sequence[str],
+        *,
+        lora_scale: float,
+        max_length: int,
+    ) -> npt.NDArray[np.float32]:
+        """Class scores, [texts, classes]."""
+        ...
+
+
+class DevicePlanner(Protocol):
+    """Who fits what; see ``planner.Planner``. Both calls raise ``DoesNotFitError``."""
+
+    def participant(
+        self,
+        device_id: str,
+        profile: Profile,
+        local: Mapping[str, float],
+        seconds_per_step: float | None = None,
+    ) -> Participant:
+        """The device as methods see it."""
+        ...
+
+    def choose(self, profile: Profile, assignment: Assignment) -> Choice:
+        """Precision, micro-batch and runtime for an assignment."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunParts:
+    """What a run is made of, opened from its settings."""
+
+    method: Method
+    source: PackageSource
+    planner: DevicePlanner
+    export: Callable[[Path, Tensors, int], None]
+    """Writes an adapter of that rank as a PEFT folder."""
+    evaluation: EvaluationData | None = None
+
+
+class RoundWork:
+    """The blocking work of one run."""
+
+    def __init__(
+        self,
+        run_id: str,
+        config: RunConfig,
+        parts: RunParts,
+        *,
+        store: SqlStore,
+        blobs: FolderBlobs,
+        private: FolderBlobs,
+        folder: Path,
+    ) -> None:
+        """Bind the parts of a run.
+
+        Args:
+            run_id: The run.
+            config: Its settings.
+            parts: Its method, compiler and planner.
+            store: Where rounds and tasks are.
+            blobs: What devices may download.
+            private: States and updates; never served.
+            folder: Where exported adapters go.
+        """
+        self.config = config
+        self.parts = parts
+        self.folder = folder
+        self._run_id = run_id
+        self._store = store
+        self._blobs = blobs
+        self._private = private
+        self._space = parts.source.space(config.max_rank)
+
+    def first_state(self) -> str:
+        """Digest of the method's state before the first round, stored."""
+        seed = seed_of("initial", self.config.seed)
+        initial = self.parts.source.initial(self.config.max_rank, seed)
+        state = self.parts.method.start(self._space, initial)
+        return self._private.put(pack_state(state)).digest
+
+    def state_before(self, number: int) -> State:
+        """The method's state before round ``number``."""
+        if number == 0:
+            return self._read_state(self._store.run(self._run_id).initial_digest)
+        return self._read_state(self._store.round(self._run_id, number - 1).state_digest)
+
+    def consider(
+        self, state: State, device_ids: Iterable[str]
+    ) -> tuple[list[Participant], list[str]]:
+        """The devices among those given that fit, and those that are refused now, by device id."""
+        wanted = set(device_ids)
+        fitting, refused = [], []
+        for member, device in self._store.members(self._run_id):
+            if device.id not in wanted or member.refused_reason is not None:
+                continue
+            profile = profile_from_json(device.profile)
+            try:
+                fitting.append(self._participant(state, device.id, profile))
+            except DoesNotFitError as error:
+                self._refuse(device.id, error)
+                refused.append(device.id)
+        return fitting, refused
+
+    def assign(self, row: RoundRow, participants: Sequence[Participant]) -> list[TaskRow]:
+        """Choose the cohort and make its tasks, packages and adapters; nothing is stored but blobs.
+
+        A device for which the method's assignment does not fit is refused and left out.
+        """
+        state = self.state_before(row.number)
+        cohort = self._cohort(row, participants)
+        rng = np.random.default_rng(seed_of("assign", self.config.seed, row.number, row.attempt))
+        assignments = self.parts.method.assign(state, self._space, row.number, cohort, rng)
+        tasks = []
+        for assignment in assignments:
+            try:
+                tasks.append(self._task(row, state, assignment))
+            except DoesNotFitError as error:
+                self._refuse(assignment.device_id, error)
+        return tasks
+
+    def aggregate(self, number: int) -> str:
+        """Digest of the method's state after the round, stored.
+
+        Updates are read in the order of device ids, one at a time; the result depends on nothing
+        but them, the state before, and the settings.
+        """
+        state = self.state_before(number)
+        contributions = self._contributions(self._store.updates(self._run_id, number))
+        after = self.parts.method.aggregate(state, self._space, contributions)
+        return self._private.put(pack_state(after)).digest
+
+    def evaluation_tasks(self, number: int) -> list[TaskRow]:
+        """One task per device that sent an update: measure the new adapter on its own data."""
+        state = self.state_before(number + 1)
+        done = {update.task_id for update in self._store.updates(self._run_id, number)}
+        tasks = []
+        for task in self._store.tasks(self._run_id, number):
+            if task.id not in done:
+                continue
+            assignment = assignment_from_json(task.assignment)
+            adapter = self._broadcast(state, assignment)
+            name = identifier("evaluate", task.id)
+            tasks.append(
+                TaskRow(
+                    id=name,
+                    update_id=name,
+                    run_id=task.run_id,
+                    round=task.round,
+                    attempt=task.attempt,
+                    device_id=task.device_id,
+                    kind="evaluate",
+                    plan=task.plan,
+                    package_digest=task.package_digest,
+                    package_size=task.package_size,
+                    adapter_digest=adapter.digest,
+                    adapter_size=adapter.size,
+                    assignment=task.assignment,
+                    expected="{}",
+                    max_update_bytes=0,
+                    facts=task.facts,
+                )
+            )
+        return tasks
+
+    def export(self, number: int) -> None:
+        """Write the adapter after the round as one PEFT folder per rank in use."""
+        state = self.state_before(number + 1)
+        ranks = self._ranks(self._store.tasks(self._run_id, number))
+        self._export(state, self.folder / "adapters" / f"round-{number:04d}", ranks)
+
+    def export_final(self, rounds: int) -> None:
+        """Write the adapter after the last round, for every rank that any device has."""
+        ranks = self._ranks(self._last_tasks().values())
+        self._export(self.state_before(rounds), self.folder / "adapter", ranks)
+
+    def is_measured(self, number: int, *, is_last: bool) -> bool:
+        """Whether the server evaluates after that round."""
+        due = (number + 1) % self.config.evaluate_every == 0
+        return self.parts.evaluation is not None and (due or is_last)
+
+    def evaluate(self, number: int) -> tuple[dict[str, float], int]:
+        """Accuracy and mean loss of the adapter after the round, and the number of rows."""
+        if self.parts.evaluation is None:
+            raise LorikitError("run has no evaluation_data")
+        texts, labels = _subset(self.parts.evaluation, self.config)
+        adapter = self.parts.method.global_adapter(self.state_before(number + 1), self._space)
+        logits = self.parts.source.logits(
+            adapter,
+            texts,
+            lora_scale=self.config.lora_scale,
+            max_length=self.config.max_length,
+        )
+        return _measure(logits, labels), len(labels)
+
+    def hand_out(self, rounds: int) -> None:
+        """Give every member its part of the final adapter and a package to use it with."""
+        state = self.state_before(rounds)
+        last = self._last_tasks()
+        for member, device in self._store.members(self._run_id):
+            if member.refused_reason is not None:
+                continue
+            profile = profile_from_json(device.profile)
+            try:
+                assignment, package = self._final(state, rounds, device.id, profile, last)
+            except DoesNotFitError as error:
+                logger.info("no final adapter for device=%s: %s", device.id, error)
+                continue
+            adapter = self._broadcast(state, assignment)
+            self._store.set_result(
+                self._run_id,
+                device.id,
+                package=package,
+                adapter=(adapter.digest, adapter.size),
+                inputs={"lora_scale": assignment.scale},
+                max_length=self.config.max_length,
+            )
+
+    def forget_updates(self, number: int) -> None:
+        """Remove the updates of a closed round."""
+        needed = self._store.referenced_digests()
+        for update in self._store.updates(self._run_id, number):
+            if update.digest not in needed:
+                self._private.remove(update.digest)
+
+    def _read_state(self, digest: str | None) -> State:
+        if digest is None:
+            raise LorikitError(f"run {self._run_id} has no state to go on from")
+        return unpack_state(self._private.read(digest))
+
+    def _participant(self, state: State, device_id: str, profile: Profile) -> Participant:
+        if profile.plan_version < PLAN_VERSION:
+            raise DoesNotFitError(
+                f"The SDK reads plans up to version {profile.plan_version}, this server writes "
+                f"version {PLAN_VERSION}.",
+                "Update the SDK in the app.",
+            )
+        return self.parts.planner.participant(
+            device_id,
+            profile,
+            state.devices.get(device_id, {}),
+            self._measured_speed(device_id) if self.config.use_measured_speed else None,
+        )
+
+    def _measured_speed(self, device_id: str) -> float | None:
+        """Mean seconds per optimiser step at full depth over the device's updates; None at first.
+
+        A step whose backward pass went through k of L layers took 1/3 + 2/3 k/L of a full one.
+        """
+        seconds = []
+        depths = {
+            task.id: len(json.loads(task.facts)["trained_layers"])
+            for task in self._store.tasks(self._run_id)
+        }
+        for number in range(len(self._store.rounds(self._run_id))):
+            for update in self._store.updates(self._run_id, number):
+                report = json.loads(update.report)
+                if update.device_id == device_id and report["steps"]:
+                    depth = depths[update.task_id] / self._space.layer_count
+                    step = report["training_seconds"] / report["steps"]
+                    seconds.append(step / (1 / 3 + 2 / 3 * depth))
+        return sum(seconds) / len(seconds) if seconds else None
+
+    def _refuse(self, device_id: str, error: DoesNotFitError) -> None:
+        self._store.refuse(self._run_id, device_id, reason=error.reason, remedy=error.remedy)
+
+    def _cohort(self, row: RoundRow, participants: Sequence[Participant]) -> list[Participant]:
+        """The devices that get work, by device id."""
+        fraction = math.ceil(self.config.cohort_fraction * len(participants))
+        size = min(len(participants), max(fraction, self.config.min_devices))
+        rng = np.random.default_rng(seed_of("cohort", self.config.seed, row.number, row.attempt))
+        chosen = rng.choice(len(participants), size=size, replace=False)
+        return [participants[index] for index in sorted(chosen)]
+
+    def _task(self, row: RoundRow, state: State, assignment: Assignment) -> TaskRow:
+        device = self._store.device(assignment.device_id)
+        if device is None:
+            raise LorikitError(f"method assigned work to unknown device {assignment.device_id}")
+        profile = profile_from_json(device.profile)
+        choice = self.parts.planner.choose(profile, assignment)
+        package = self._package(assignment, choice)
+        plan = build_plan(
+            self.config,
+            assignment,
+            choice,
+            package.manifest.adapter,
+            profile,
+            round_number=row.number,
+        )
+        _check_operations(plan, profile)
+        expected = expected_update(
+            plan, assignment, package.manifest.adapter, classes=len(self.config.labels)
+        )
+        adapter = self._broadcast(state, assignment)
+        name = identifier(self._run_id, row.number, row.attempt, assignment.device_id)
+        return TaskRow(
+            id=name,
+            update_id=identifier("update", name),
+            run_id=self._run_id,
+            round=row.number,
+            attempt=row.attempt,
+            device_id=assignment.device_id,
+            kind="train",
+            plan=plan_to_message(plan).SerializeToString(deterministic=True),
+            package_digest=package.ref.digest,
+            package_size=package.ref.size,
+            adapter_digest=adapter.digest,
+            adapter_size=adapter.size,
+            assignment=assignment_to_json(assignment),
+            expected=expected_to_json(expected),
+            max_update_bytes=largest_update_bytes(expected),
+            facts=_facts(plan, choice),
+        )
+
+    def _package(self, assignment: Assignment, choice: Choice) -> Package:
+        every_layer = tuple(range(self.parts.source.layer_count))
+        lowest = min(assignment.trained_layers, default=self.parts.source.layer_count)
+        return self.parts.source.package(
+            precision=choice.precision,
+            lowest_trained_layer=lowest,
+            kept_layers=None if assignment.kept_layers == every_layer else assignment.kept_layers,
+            runtime=choice.runtime,
+        )
+
+    def _broadcast(self, state: State, assignment: Assignment) -> BlobRef:
+        """The adapter a device starts from; one blob for all devices with equal tensors."""
+        tensors = self.parts.method.broadcast(state, self._space, assignment)
+        return self._blobs.put(pack(Bundle({name: raw(t) for name, t in tensors.items()})))
+
+    def _contributions(self, updates: Sequence[UpdateRow]) -> Iterator[Contribution]:
+        for update in updates:
+            task = self._store.task(update.task_id)
+            if task is None:
+                raise LorikitError(f"update {update.update_id} has lost its task")
+            content = read_update(
+                self._private.read(update.digest),
+                expected_from_json(task.expected),
+                max_norm=math.inf,
+            )
+            yield Contribution(
+                device_id=update.device_id,
+                assignment=assignment_from_json(task.assignment),
+                tensors=content.tensors,
+                scalars=content.scalars,
+                examples=update.examples,
+            )
+
+    def _last_tasks(self) -> dict[str, TaskRow]:
+        """The last training task of each device."""
+        tasks = self._store.tasks(self._run_id)
+        return {task.device_id: task for task in tasks if task.kind == "train"}
+
+    def _ranks(self, tasks: Iterable[TaskRow]) -> list[int]:
+        used = {json.loads(task.facts)["rank"] for task in tasks if task.kind == "train"}
+        return sorted(rank for rank in used | {self._space.max_rank} if rank > 0)
+
+    def _export(self, state: State, folder: Path, ranks: Iterable[int]) -> None:
+        for rank in ranks:
+            adapter = self.parts.method.global_adapter(state, self._space, rank)
+            self.parts.export(folder / f"rank-{rank}", adapter, rank)
+
+    def _final(
+        self,
+        state: State,
+        rounds: int,
+        device_id: str,
+        profile: Profile,
+        last: Mapping[str, TaskRow],
+    ) -> tuple[Assignment, tuple[str, int]]:
+        """Assignment and package (digest, size) a device ends with."""
+        task = last.get(device_id)
+        if task is not None:
+            package = (task.package_digest, task.package_size)
+            return assignment_from_json(task.assignment), package
+        participant = self._participant(state, device_id, profile)
+        rng = np.random.default_rng(seed_of("final", self.config.seed, device_id))
+        (assignment,) = self.parts.method.assign(state, self._space, rounds, [participant], rng)
+        made = self._package(assignment, self.parts.planner.choose(profile, assignment))
+        return assignment, (made.ref.digest, made.ref.size)
+
+
+def profile_from_json(text: str) -> Profile:
+    """A profile as the store keeps it."""
+    fields = json.loads(text)
+    fields["engines"] = tuple(EngineInfo(**engine) for engine in fields["engines"])
+    fields["operations"] = tuple(fields["operations"])
+    fields["codecs"] = tuple(fields["codecs"])
+    return Profile(**fields)
+
+
+def _check_operations(plan: Plan, profile: Profile) -> None:
+    if missing := missing_operations(plan, profile):
+        raise DoesNotFitError(
+            f"The SDK ({profile.sdk_version or 'unknown version'}) cannot carry out "
+            f"{', '.join(missing)}, which method {plan.method} needs.",
+            "Update the SDK in the app.",
+        )
+
+
+def _facts(plan: Plan, choice: Choice) -> str:
+    facts = plan.facts
+    return json.dumps(
+        {
+            "class": facts.device_class,
+            "precision": facts.precision,
+            "rank": facts.rank,
+            "trained_layers": facts.trained_layers,
+            "kept_layers": facts.kept_layers,
+            "micro_batch": facts.micro_batch,
+            "predicted_peak_memory_bytes": facts.predicted_peak_memory_bytes,
+            "runtime": choice.runtime,
+            "steps": sum(phase.steps for phase in plan.phases),
+        },
+        sort_keys=True,
+    )
+
+
+def _subset(data: EvaluationData, config: RunConfig) -> tuple[list[str], list[int]]:
+    """The rows to measure with, the same in every round."""
+    count = len(data.texts)
+    rows = list(range(count))
+    if 0 < config.evaluate_rows < count:
+        rng = np.random.default_rng(seed_of("evaluate", config.seed))
+        rows = sorted(rng.choice(count, size=config.evaluate_rows, replace=False).tolist())
+    return [data.texts[row] for row in rows], [data.labels[row] for row in rows]
+
+
+def _measure(logits: npt.NDArray[np.float32], labels: Sequence[int]) -> dict[str, float]:
+    """Accuracy and mean cross-entropy."""
+    scores = logits.astype(np.float64)
+    truth = np.asarray(labels)
+    shifted = scores - scores.max(axis=1, keepdims=True)
+    log_sums = np.log(np.exp(shifted).sum(axis=1))
+    losses = log_sums - shifted[np.arange(len(truth)), truth]
+    return {
+        "accuracy": float((scores.argmax(axis=1) == truth).mean()),
+        "loss": float(losses.mean()),
+    }
