@@ -156,7 +156,7 @@ class IntegerContract(CodecContract):
 
     def bound(self, values: Float32, encoded: Encoded) -> npt.NDArray[np.float64]:
         # 127 steps are known to about 2**-16 of a step in float32 products
-        return (0.5 + 1e-4) * self.step(values, encoded)
+        return self.step(values, encoded) * (0.5 + 1e-4)
 
     def test_stochastic_rounding_has_the_right_mean(self) -> None:
         values = normal((3, 130))
@@ -200,6 +200,8 @@ class TableContract(CodecContract):
         # the levels are exact to 2**-24; bitsandbytes divides by no less than 1e-38
         return np.where(largest < 1e-38, 1e-38, (gap + 1e-6) * largest)
 
+
+class SimpleTableContract(TableContract):
     def test_every_level_is_the_nearest(self) -> None:
         values = normal((64, 64))
         decoded = codec(self.name).decode(codec(self.name).encode(values))
@@ -213,9 +215,10 @@ class DoubleTableContract(TableContract):
         # the 8-bit magnitudes are at most half the widest gap of their levels off, 0.0141 / 2
         nested = encoded.parts["nested_absmax"].max(initial=0)
         offset = np.abs(encoded.parts["nested_offset"]).max()
-        return super().bound(values, encoded) + 0.00704 * nested + 1e-6 * offset + TINY
+        simple = super().bound(values, encoded)
+        return simple + 0.00704 * float(nested) + 1e-6 * float(offset) + TINY
 
-    def test_every_level_is_the_nearest(self) -> None:
+    def test_codes_are_those_without_double_quantisation(self) -> None:
         simple = codec(self.name.removesuffix("-dq")).encode(normal((64, 64)))
         double = codec(self.name).encode(normal((64, 64)))
         np.testing.assert_array_equal(double.parts["codes"], simple.parts["codes"])
@@ -290,7 +293,8 @@ class TestInt8(IntegerContract):
     def test_parts_are_rows_of_codes_and_a_scale_a_row(self) -> None:
         encoded = codec("int8").encode(np.array([[1, -2, 0.5], [0, 0, 12.7]], np.float32))
         np.testing.assert_array_equal(encoded.parts["codes"], [[64, -127, 32], [0, 0, 127]])
-        np.testing.assert_allclose(encoded.parts["scale"], [2 / 127, 0.1], rtol=1e-6)
+        scale = encoded.parts["scale"].astype(np.float32)
+        np.testing.assert_allclose(scale, np.array([2 / 127, 0.1]), rtol=1e-6)
 
 
 class TestInt8Blocks(IntegerContract):
@@ -337,7 +341,7 @@ class Int4RowsContract(IntegerContract):
         encoded = codec(self.name).encode(normal((3, self.block + 1)))
         assert encoded.parts["codes"].shape == (3, 2, self.block // 2)
         assert encoded.parts["scale"].shape == (3, 2)
-        padding = encoded.parts["codes"][:, 1].copy()
+        padding = encoded.parts["codes"][:, 1].astype(np.uint8)
         padding[:, 0] |= 0x0F
         np.testing.assert_array_equal(padding[:, 0], 0x8F)
         np.testing.assert_array_equal(padding[:, 1:], 0x88)
@@ -355,11 +359,11 @@ class TestInt4Rows128(Int4RowsContract):
     name, bits = "int4-row128", 4.25
 
 
-class TestNf4(TableContract):
+class TestNf4(SimpleTableContract):
     name, bits, levels = "nf4", 4.5, NF4_LEVELS
 
 
-class TestFp4(TableContract):
+class TestFp4(SimpleTableContract):
     name, bits, levels = "fp4", 4.5, FP4_LEVELS
 
 
@@ -384,7 +388,7 @@ CONTRACTS: list[type[CodecContract]] = [
     seed=st.integers(0, 99),
     exponent=st.integers(-44, 37),
 )
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_values_of_any_shape_and_size_come_back_within_the_bound(
     contract: type[CodecContract], shape: tuple[int, ...], seed: int, exponent: int
 ) -> None:

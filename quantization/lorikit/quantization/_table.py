@@ -53,7 +53,8 @@ def quantize(values: Float32, table: Table) -> tuple[UInt8, Float32]:
 
     A full block is multiplied by the rounded inverse of its largest magnitude, a shorter last block
     is divided by it; the magnitude of a full block is stored as it is, that of a shorter one is at
-    least 1e-38. Below that (denormal blocks) an error may reach 1e-38. An odd length is filled up with the code of zero.
+    least 1e-38. In blocks smaller than that an error may reach 1e-38. An odd length is filled up
+    with the code of zero.
 
     Args:
         values: Finite float32 [n].
