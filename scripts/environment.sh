@@ -105,11 +105,37 @@ digest_of() {
     "$PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
-# is_usable FOLDER: whether its interpreter runs and believes to live there.
+# is_usable FOLDER: whether its interpreter runs, is the wanted one and believes to live there.
 is_usable() {
   [[ -x $1/bin/python && -x $1/bin/pip ]] &&
-    [[ $("$1/bin/python" -c 'import sys; print(sys.prefix)' 2>/dev/null) == "$ROOT/$1" ]] &&
+    [[ $(python_version "$1/bin/python") == "$(python_version "$PYTHON")" ]] &&
+    [[ $("$1/bin/python" -c 'import sys; print(sys.prefix)') == "$ROOT/$1" ]] &&
     head -n 2 "$1/bin/pip" | grep -qF "$ROOT/$1/"
+}
+
+# is_current FOLDER STAMP DIGEST: whether there is nothing to do.
+is_current() { [[ -f $2 && $(<"$2") == "$3" ]] && is_usable "$1"; }
+
+# lock FOLDER: waits for another script that sets up the same folder; unlock lets the next one in.
+lock() {
+  local owner
+  until mkdir "$1.lock" 2>/dev/null; do
+    owner=$(cat "$1.lock/pid" 2>/dev/null || true)
+    if [[ -n $owner ]] && ! kill -0 "$owner" 2>/dev/null; then
+      rm -rf "$1.lock"
+      continue
+    fi
+    say "Another script sets up $1; waiting for it (remove $1.lock if none does)"
+    sleep 5
+  done
+  printf '%s\n' "$$" >"$1.lock/pid"
+  LOCKED="$1.lock"
+  trap unlock EXIT
+}
+
+unlock() {
+  rm -rf "$LOCKED"
+  trap - EXIT
 }
 
 # prepare FOLDER PURPOSE FUNCTION: runs FUNCTION FOLDER unless that was done with the same inputs.
@@ -117,16 +143,20 @@ prepare() {
   local folder=$1 purpose=$2 install=$3
   local stamp="$folder/.lorikit-$purpose" digest
   digest=$(digest_of "$purpose" "$(python_version "$PYTHON")")
-  if [[ -f $stamp && $(<"$stamp") == "$digest" ]] && is_usable "$folder"; then
+  if is_current "$folder" "$stamp" "$digest"; then
     return
   fi
-  say "Setting up $folder (once; $PYTHON)"
-  if ! is_usable "$folder"; then
-    run_step "virtual environment" make_environment "$folder" "$PYTHON"
+  lock "$folder"
+  if ! is_current "$folder" "$stamp" "$digest"; then
+    say "Setting up $folder, $purpose (once; $PYTHON)"
+    if ! is_usable "$folder"; then
+      run_step "virtual environment" make_environment "$folder" "$PYTHON"
+    fi
+    rm -f "$stamp"
+    "$install" "$folder"
+    printf '%s\n' "$digest" >"$stamp"
   fi
-  rm -f "$stamp"
-  "$install" "$folder"
-  printf '%s\n' "$digest" >"$stamp"
+  unlock
 }
 
 pip_install() {

@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import lorikit
 
@@ -84,6 +89,44 @@ def test_public_names_of_the_sdk_are_sorted_and_all_that_a_user_sees() -> None:
 
     assert list(sdk.__all__) == sorted(sdk.__all__)
     assert set(sdk.__all__) == visible
+
+
+def all_needed(*wanted: str) -> set[str]:
+    """Names of all distributions that the requirements bring to this interpreter."""
+    waiting = [(Requirement(line), "") for line in wanted]
+    seen: set[tuple[str, str]] = set()
+    while waiting:
+        requirement, extra = waiting.pop()
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        for own_extra in ("", *requirement.extras):
+            key = canonicalize_name(requirement.name), own_extra
+            if key not in seen:
+                seen.add(key)
+                lines = importlib.metadata.requires(requirement.name) or ()
+                waiting += [(Requirement(line), own_extra) for line in lines]
+    return {name for name, _ in seen}
+
+
+def test_constraints_pin_everything_that_is_installed() -> None:
+    if not (ROOT / "constraints.txt").is_file() or importlib.util.find_spec("torch") is None:
+        pytest.skip("needs a checkout, and lorikit[server] installed")
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    lines = [line.partition("#")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    pins: dict[str, str] = {
+        canonicalize_name(name): version
+        for name, _, version in (line.strip().partition("==") for line in lines if line.strip())
+    }
+
+    needed = all_needed("lorikit[server,onnx,text]", *groups["build"], *groups["lint"])
+    needed |= all_needed(*groups["test"])
+
+    # torch itself pins what its build for CUDA brings along
+    ours = {name for name in needed if not name.startswith(("cuda-", "nvidia-", "triton"))}
+    found: dict[str, str] = {
+        name: Version(importlib.metadata.version(name)).public for name in ours - {"lorikit"}
+    }
+    assert {name: pins.get(name) for name in found} == found
 
 
 @pytest.fixture(scope="module")
