@@ -56,7 +56,7 @@ class OnnxEngine:
         self._trained = trained_tensors(manifest)
         self._probed = manifest.probe is None
         self._open: tuple[Graph, Any] | None = None
-        _check_files(manifest, folder)
+        _check_files(manifest, folder, runtime)
 
     def gradients(self, adapter: Tensors, batch: Batch, inputs: Mapping[str, float]) -> Gradients:
         """Loss and gradients of one micro-batch; see ``Engine.gradients``.
@@ -141,6 +141,7 @@ def _options(threads: int) -> Any:  # noqa: ANN401  # onnxruntime has no types
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_mem_pattern = False
     options.log_severity_level = 4
@@ -149,8 +150,10 @@ def _options(threads: int) -> Any:  # noqa: ANN401  # onnxruntime has no types
     return options
 
 
-def _check_files(manifest: Manifest, folder: Path) -> None:
-    for blob in manifest.blobs():
+def _check_files(manifest: Manifest, folder: Path, runtime: str) -> None:
+    chosen = [graph.blob for graph in manifest.graphs if graph.runtime in (runtime, "onnx")]
+    probe = [] if manifest.probe is None else [manifest.probe]
+    for blob in (*manifest.weight_blobs, *chosen, *probe):
         path = folder / blob.digest
         if not path.is_file():
             raise PackageError(f"blob {blob.digest} of the package is missing in {folder}")
