@@ -31,9 +31,11 @@ run_step() {
   log=$(mktemp "${TMPDIR:-/tmp}/lorikit-setup.XXXXXX")
   started=$SECONDS
   [[ -t 2 ]] || printf '  %s ...\n' "$text" >&2
+  set -m # a process group of its own, so that an interrupt ends what the command has started too
   "$@" >"$log" 2>&1 </dev/null &
+  set +m
   local child=$!
-  trap 'kill "$child" 2>/dev/null || true; rm -f "$log"; exit 130' INT TERM
+  trap 'kill -- "-$child" 2>/dev/null || true; wait "$child" || true; rm -f "$log"; exit 130' INT TERM
   while kill -0 "$child" 2>/dev/null; do
     elapsed=$((SECONDS - started))
     if [[ -t 2 ]]; then
