@@ -114,12 +114,12 @@ class RunConfig(_Settings):
     """LoRA scale s = alpha / r, the same at every rank."""
 
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = (
-        "nf4",
-        "int8",
-        "fp16",
         "fp32",
+        "fp16",
+        "int8",
+        "nf4",
     )
-    """Precisions of the base model that devices may get, the preferred one first."""
+    """Precisions of the base model that devices may get, the best quality first."""
 
     codec: str = "fp32"
     """Wire codec of updates."""
@@ -142,14 +142,17 @@ class RunConfig(_Settings):
     head_start: Literal["none", "class-means"] = "none"
     """``class-means``: round 0 collects feature means per class and starts the head from them."""
 
-    server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"
+    head_start_options: dict[str, JsonValue] = {}
+    """Its options by name, for example ``{"rule": "nearest-mean"}``."""
+
+    server_optimizer: Literal["none", "momentum", "adam"] = "none"
     """Optimiser on the server that treats the mean update as a gradient."""
 
     server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
     """Its learning rate."""
 
     server_optimizer_options: dict[str, JsonValue] = {}
-    """Its other options by name, for example ``{"momentum": 0.9}``."""
+    """Its other options by name, for example ``{"beta1": 0.8}``."""
 
     max_update_norm: Annotated[float, Field(gt=0)] = 1e4
     """Largest joint l2 norm of an update's adapter tensors; a larger one is refused."""

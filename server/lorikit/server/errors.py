@@ -3,7 +3,6 @@
 
 LorikitError
 ├── RequestError            the other side asked for something it cannot have; carries an ErrorCode
-├── DoesNotFitError         a device cannot take part as it is; says what would help
 └── CompileError            a model cannot become a package
     ├── UnsupportedModelError   architecture, task or operator unknown; says what would be needed
     └── VerificationError       the compiled graph disagrees with torch; names the tensor
@@ -29,16 +28,6 @@ class RequestError(LorikitError):
         self.code = code
         self.detail = detail
         self.retry_seconds = retry_seconds
-
-
-class DoesNotFitError(LorikitError):
-    """A device cannot take part as it is."""
-
-    def __init__(self, reason: str, remedy: str) -> None:
-        """Args are why, and the smallest change that would help, one sentence each."""
-        super().__init__(f"{reason} {remedy}")
-        self.reason = reason
-        self.remedy = remedy
 
 
 class CompileError(LorikitError):

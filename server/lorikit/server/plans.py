@@ -30,10 +30,25 @@ _NAME_BYTES = 256
 class Choice(Protocol):
     """What the planner chose for a device; see ``planner.Choice``."""
 
-    precision: str
-    micro_batch: int
-    predicted_peak_memory_bytes: int
-    runtime: str
+    @property
+    def precision(self) -> str:
+        """Codec of the base."""
+        ...
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples per run of the graph."""
+        ...
+
+    @property
+    def predicted_peak_memory_bytes(self) -> int:
+        """Of the whole process."""
+        ...
+
+    @property
+    def runtime(self) -> str:
+        """Whose graph the device gets."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from lorikit.proto.plan import PLAN_VERSION, Plan
 from lorikit.proto.tensors import Bundle, Tensors, pack, raw
 from lorikit.proto.wire import plan_to_message
 from lorikit.server.config import EvaluationData, RunConfig
-from lorikit.server.errors import DoesNotFitError, LorikitError
+from lorikit.server.errors import LorikitError
 from lorikit.server.methods.base import (
     AdapterSpace,
     Assignment,
@@ -34,6 +34,7 @@ from lorikit.server.methods.base import (
     State,
 )
 from lorikit.server.methods.state import pack_state, unpack_state
+from lorikit.server.planner.planner import DoesNotFitError
 from lorikit.server.plans import (
     Choice,
     assignment_from_json,

@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server: the one place where its parts are built from settings and put together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from pydantic import ValidationError
+
+from lorikit.proto.limits import MAX_MESSAGE_BYTES
+from lorikit.proto.status import ErrorCode
+from lorikit.proto.tensors import Tensors
+from lorikit.quantization import codec
+from lorikit.server.config import (
+    ConfigError,
+    RunConfig,
+    ServerConfig,
+    explain,
+    read_evaluation_data,
+)
+from lorikit.server.downloads import Downloads
+from lorikit.server.errors import LorikitError, RequestError
+from lorikit.server.export import write_adapter
+from lorikit.server.gate import Gate
+from lorikit.server.methods import build_method
+from lorikit.server.methods.base import Method
+from lorikit.server.methods.head_start import HeadStart, HeadStartConfig
+from lorikit.server.methods.server_optimizer import ServerOptimizer, ServerOptimizerConfig
+from lorikit.server.offload import Offload
+from lorikit.server.operator import OperatorService
+from lorikit.server.planner.planner import Planner
+from lorikit.server.rounds import RunLoop
+from lorikit.server.runs import Runs, Summary
+from lorikit.server.service import DeviceService
+from lorikit.server.signals import Signals
+from lorikit.server.store.blobs import FolderBlobs
+from lorikit.server.store.sql import SqlStore
+from lorikit.server.store.tables import RunRow
+from lorikit.server.tasks import TaskBoard
+from lorikit.server.uploads import Uploads
+from lorikit.server.work import RoundWork, RunParts
+
+logger = logging.getLogger(__name__)
+
+_R = TypeVar("_R")
+
+OpenParts = Callable[[RunConfig, FolderBlobs], RunParts]
+"""Opens method, compiler and planner of a run; may take minutes."""
+
+_SERVICES = ("lorikit.proto.v1.DeviceService", "lorikit.proto.v1.OperatorService")
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 16 << 10),
+    # A second server on the same port is an error, not a share of the calls.
+    ("grpc.so_reuseport", 0),
+    # Mobile networks drop silent connections after some minutes.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+class ServerError(LorikitError):
+    """The server cannot start; the message says why and what to do."""
+
+
+class Coordinator:
+    """A running server within an event loop."""
+
+    def __init__(self, config: ServerConfig, *, open_parts: OpenParts | None = None) -> None:
+        """Open the store and put the parts together; nothing listens yet.
+
+        Args:
+            config: The server's settings.
+            open_parts: Opens a run's parts; None for the compiler, planner and methods that are
+                part of Lorikit.
+        """
+        self.config = config
+        self.port = 0
+        self._open_parts = open_parts or open_run_parts
+        private = config.private_folder
+        private.mkdir(parents=True, exist_ok=True)
+        self._blobs = FolderBlobs(private / "blobs")
+        self._kept = FolderBlobs(private / "updates")
+        self._store = SqlStore(config.database_url)
+        self._signals = Signals()
+        self._offload = Offload()
+        self._board = TaskBoard(self._store, self._signals, self._offload, config)
+        self._uploads = Uploads(
+            private / "uploads",
+            store=self._store,
+            private=self._kept,
+            board=self._board,
+            signals=self._signals,
+            offload=self._offload,
+            limits=config.limits,
+        )
+        self.runs = Runs(
+            config,
+            store=self._store,
+            board=self._board,
+            signals=self._signals,
+            offload=self._offload,
+            check=check_run if open_parts is None else lambda _: None,
+            open_loop=self._open_loop,
+        )
+        self._is_stopping = False
+        self._health = health.aio.HealthServicer()
+        self._grpc: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        """Go on with runs in progress and listen.
+
+        Raises:
+            ServerError: The address cannot be listened on.
+        """
+        self._sweep()
+        self._grpc = self._build_grpc()
+        self.port = self._listen(self._grpc)
+        resumed = await self.runs.resume()
+        await self._grpc.start()
+        for name in ("", *_SERVICES):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        logger.info("listening address=%s port=%d resumed=%d", self.address, self.port, resumed)
+
+    @property
+    def address(self) -> str:
+        """Host and port that devices connect to."""
+        host, separator, _ = self.config.address.rpartition(":")
+        if not separator or host == "unix":
+            return self.config.address
+        return f"{host}:{self.port}"
+
+    async def stop(self) -> None:
+        """Answer what is in progress, send devices away, and leave everything resumable."""
+        self._is_stopping = True
+        await self._health.enter_graceful_shutdown()
+        self._board.stop()
+        if self._grpc is not None:
+            await self._grpc.stop(self.config.stop_seconds)
+        await self.runs.close()
+        await asyncio.to_thread(self._offload.close)
+        self._store.close()
+        logger.info("stopped")
+
+    def _sweep(self) -> None:
+        """Remove what a killed server left half-written; nobody else writes yet."""
+        self._blobs.remove_temporary()
+        self._kept.remove_temporary()
+        needed = self._store.referenced_digests()
+        for digest in self._kept.digests():
+            if digest not in needed:
+                self._kept.remove(digest)
+
+    def _build_grpc(self) -> grpc.aio.Server:
+        server = grpc.aio.server(
+            interceptors=(Gate(self._board.authenticate, lambda: self._is_stopping),),
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=self.config.limits.max_calls,
+        )
+        device = DeviceService(
+            self._board,
+            self._uploads,
+            Downloads(
+                self._blobs,
+                board=self._board,
+                offload=self._offload,
+                limits=self.config.limits,
+            ),
+            lease_seconds=self.config.lease_seconds,
+        )
+        device.add_to(server)
+        OperatorService(self.runs, self._offload).add_to(server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        return server
+
+    def _listen(self, server: grpc.aio.Server) -> int:
+        address = self.config.address
+        try:
+            if self.config.tls_certificate is None or self.config.tls_key is None:
+                return server.add_insecure_port(address)
+            pair = (self.config.tls_key.read_bytes(), self.config.tls_certificate.read_bytes())
+            return server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        except (RuntimeError, OSError) as error:
+            raise ServerError(
+                f"cannot listen on {address!r}: {error}; is another server running there?"
+            ) from error
+
+    def _open_loop(self, run: RunRow, config: RunConfig) -> RunLoop:
+        return RunLoop(
+            run.id,
+            config,
+            lambda: RoundWork(
+                run.id,
+                config,
+                self._open_parts(config, self._blobs),
+                store=self._store,
+                blobs=self._blobs,
+                private=self._kept,
+                folder=self.config.run_folder(run.name),
+            ),
+            store=self._store,
+            board=self._board,
+            uploads=self._uploads,
+            signals=self._signals,
+            offload=self._offload,
+            server=self.config,
+        )
+
+
+class Server:
+    """A server in a thread of its own, for programs that are not asynchronous.
+
+    Usable as a context manager. Every call may be made from any thread.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig | None = None,
+        *,
+        open_parts: OpenParts | None = None,
+        **settings: object,
+    ) -> None:
+        """Settings as one object, or as fields of ``ServerConfig``.
+
+        Raises:
+            ConfigError: A setting is wrong.
+        """
+        try:
+            self.config = config or ServerConfig.model_validate(settings)
+        except ValidationError as error:
+            raise ConfigError(explain(error)) from error
+        self._open_parts = open_parts
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._coordinator: Coordinator | None = None
+
+    @property
+    def address(self) -> str:
+        """Host and port that devices connect to."""
+        return self._running.address
+
+    def start(self) -> Self:
+        """Listen, and go on with the runs that an earlier server left.
+
+        Raises:
+            ServerError: The address cannot be listened on.
+        """
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lorikit-server")
+        self._thread.start()
+        try:
+            self._coordinator = self._call(self._start())
+        except BaseException:
+            self._end_thread()
+            raise
+        return self
+
+    def stop(self) -> None:
+        """Shut down; runs go on when a server is started on the same folder."""
+        if self._coordinator is not None:
+            self._call(self._coordinator.stop())
+            self._coordinator = None
+        self._end_thread()
+
+    def create_run(self, config: RunConfig) -> Summary:
+        """Start a run; the same settings again give the run that exists."""
+        return self._call(self._running.runs.create(config))
+
+    def summary(self, name_or_id: str) -> Summary:
+        """Where a run stands."""
+        return self._call(self._running.runs.summary(name_or_id))
+
+    def wait(self, name_or_id: str, *, timeout: float | None = None) -> Summary:
+        """Wait until a run has ended; where it stands then.
+
+        Raises:
+            TimeoutError: It has not after ``timeout`` seconds.
+        """
+        return self._call(self._running.runs.ended(name_or_id), timeout)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def _running(self) -> Coordinator:
+        if self._coordinator is None:
+            raise ServerError("server is not running; call start() first")
+        return self._coordinator
+
+    async def _start(self) -> Coordinator:
+        coordinator = Coordinator(self.config, open_parts=self._open_parts)
+        try:
+            await coordinator.start()
+        except BaseException:
+            await coordinator.stop()
+            raise
+        return coordinator
+
+    def _call(self, call: Coroutine[Any, Any, _R], timeout: float | None = None) -> _R:
+        if self._loop is None:
+            call.close()
+            raise ServerError("server is not running; call start() first")
+        future: Future[_R] = asyncio.run_coroutine_threadsafe(call, self._loop)
+        return future.result(timeout)
+
+    def _end_thread(self) -> None:
+        if self._loop is not None and self._thread is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+        self._loop = self._thread = None
+
+
+async def serve(
+    config: ServerConfig,
+    *,
+    open_parts: OpenParts | None = None,
+    started: Callable[[Coordinator], None] | None = None,
+) -> None:
+    """Run a server until SIGINT or SIGTERM, then shut it down in good order.
+
+    Args:
+        config: The server's settings.
+        open_parts: See ``Coordinator``.
+        started: Called once the server listens.
+    """
+    coordinator = Coordinator(config, open_parts=open_parts)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C raises KeyboardInterrupt
+            loop.add_signal_handler(signal_number, stop.set)
+    try:
+        await coordinator.start()
+        if started is not None:
+            started(coordinator)
+        await stop.wait()
+    finally:
+        await coordinator.stop()
+
+
+def check_run(config: RunConfig) -> None:
+    """Nothing, when the run's files and method exist on this machine.
+
+    Raises:
+        RequestError: CONFIG_INVALID; the detail says what is missing.
+    """
+    try:
+        if not (config.model / "config.json").is_file():
+            raise ConfigError(
+                f"model: {config.model} holds no config.json; give a Hugging Face model folder "
+                "on the server"
+            )
+        make_method(config)
+        codec(config.codec)
+        if config.evaluation_data is not None:
+            read_evaluation_data(config.evaluation_data, config.task)
+    except (LorikitError, ValueError) as error:
+        raise RequestError(ErrorCode.CONFIG_INVALID, str(error)) from error
+
+
+def make_method(config: RunConfig) -> Method:
+    """The method of a run, with its wrappers.
+
+    Raises:
+        ValueError: Unknown method or option, or a value out of range.
+    """
+    method = build_method(
+        config.method,
+        config.method_options,
+        scale=config.lora_scale,
+        min_rank=config.min_rank,
+        local_steps=config.local_steps,
+    )
+    if config.server_optimizer != "none":
+        options = {
+            "name": config.server_optimizer,
+            "learning_rate": config.server_learning_rate,
+            **config.server_optimizer_options,
+        }
+        settings = _from_options(ServerOptimizerConfig, options, "server_optimizer_options")
+        method = ServerOptimizer(method, settings)
+    if config.head_start == "class-means":
+        start = _from_options(HeadStartConfig, config.head_start_options, "head_start_options")
+        method = HeadStart(method, start)
+    return method
+
+
+def open_run_parts(config: RunConfig, blobs: FolderBlobs) -> RunParts:
+    """Load and export the base model of a run, and build its method and planner."""
+    # Here and not above: torch takes seconds to load, and a server that starts should answer.
+    from lorikit.server.compile.compiler import Compiler
+
+    compiler = Compiler(
+        config.model,
+        config.task,
+        targets=config.targets,
+        blobs=blobs,
+        progress=lambda sentence: logger.info("run=%s %s", config.name, sentence),
+    )
+    space = compiler.space(config.max_rank)
+
+    def export(folder: Path, adapter: Tensors, rank: int) -> None:
+        write_adapter(
+            folder,
+            adapter,
+            space=space,
+            base_model=str(config.model),
+            targets=config.targets,
+            scale=config.lora_scale,
+            rank=rank,
+            labels=config.labels,
+        )
+
+    return RunParts(
+        method=make_method(config),
+        source=compiler,
+        planner=Planner(
+            compiler,
+            precisions=config.precisions,
+            batch_size=config.batch_size,
+            max_length=config.max_length,
+            max_rank=config.max_rank,
+        ),
+        export=export,
+        evaluation=None
+        if config.evaluation_data is None
+        else read_evaluation_data(config.evaluation_data, config.task),
+    )
+
+
+def _from_options(kind: type[_R], options: Mapping[str, object], field: str) -> _R:
+    """A configuration from a table of options; raises ``ValueError`` naming an unknown one."""
+    known = set(inspect.signature(kind).parameters)
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"{field} has no {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+    return kind(**values)
