@@ -165,6 +165,15 @@ def test_int8_codes_are_those_of_bitsandbytes(shape: tuple[int, int]) -> None:
     np.testing.assert_allclose(codec("int8").decode(encoded), expected, rtol=3e-7)
 
 
+def test_int8_values_between_two_codes_go_where_bitsandbytes_sends_them() -> None:
+    rng = np.random.default_rng(9)
+    largest = rng.uniform(1, 2, (400, 1)).astype(np.float32)
+    halves = (rng.integers(-127, 127, (400, 200)) + 0.5) * largest.astype(np.float64) / 127
+    values = np.hstack([largest, halves.astype(np.float32)])
+    codes, _, _ = bnb.int8_vectorwise_quant(torch.from_numpy(values.copy()))
+    np.testing.assert_array_equal(codec("int8").encode(values).parts["codes"], codes.numpy())
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (65,), (5, 7), (2, 3, 33), (3, 0), (300, 130)])
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
 def test_backend_gives_the_same_tensor(name: str, shape: tuple[int, ...]) -> None:
