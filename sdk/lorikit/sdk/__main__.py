@@ -25,6 +25,7 @@ from lorikit.sdk import (
     LorikitError,
     MemoryUse,
     MemoryWatch,
+    OutOfMemoryError,
     ProtocolVersionError,
     RefusedError,
     State,
@@ -32,7 +33,7 @@ from lorikit.sdk import (
     limit_memory,
     parse_bytes,
 )
-from lorikit.sdk._memory import small_stacks
+from lorikit.sdk._memory import lacks_memory, small_stacks
 
 
 class ExitCode(IntEnum):
@@ -60,7 +61,7 @@ _EXIT_CODES: Sequence[tuple[type[Exception], ExitCode]] = (
     (EngineUnavailableError, ExitCode.ENGINE),
     (DataError, ExitCode.DATA),
     (StoreBusyError, ExitCode.STORE_BUSY),
-    (MemoryError, ExitCode.MEMORY),
+    (OutOfMemoryError, ExitCode.MEMORY),
 )
 
 _EPILOG = """\
@@ -80,17 +81,22 @@ example:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a device; returns the exit code."""
     options = _parser().parse_args(arguments)
-    if options.memory_limit is not None:
-        _start_lean(arguments)
-        limit_memory(options.memory_limit)
+    if options.memory_limit is not None and arguments is None:
+        _start_lean()
     logging.basicConfig(level=options.log_level, stream=sys.stderr)
     show = _Printer(options.format)
     try:
+        if options.memory_limit is not None:
+            limit_memory(options.memory_limit)
         rows = list(_rows(options.data))
         with _watch(options.memory_limit):
             return _run(options, rows, show)
-    except (LorikitError, MemoryError) as error:
+    except Exception as error:
+        if not isinstance(error, LorikitError) and not lacks_memory(error):
+            raise
         show.error(error)
+        if lacks_memory(error):
+            return ExitCode.MEMORY
         codes = (code for kind, code in _EXIT_CODES if isinstance(error, kind))
         return next(codes, ExitCode.FAILED)
 
@@ -174,7 +180,7 @@ def _rows(path: Path) -> Iterator[Mapping[str, object]]:
         raise DataError(f"{path} line {number} is not JSON: {error}") from error
 
 
-def _start_lean(arguments: Sequence[str] | None) -> None:
+def _start_lean() -> None:
     """Start this program anew with small stacks and one BLAS thread, unless that is done.
 
     Both are read when a process starts, and reserve tens of megabytes that would count against
@@ -183,8 +189,7 @@ def _start_lean(arguments: Sequence[str] | None) -> None:
     if not small_stacks():
         return
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    own = sys.argv[1:] if arguments is None else arguments
-    os.execv(sys.executable, [sys.executable, "-m", "lorikit.sdk", *own])
+    os.execv(sys.executable, sys.orig_argv)
 
 
 def _watch(limit_bytes: int | None) -> MemoryWatch:

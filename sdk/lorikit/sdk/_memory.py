@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import threading
 from collections.abc import Callable
@@ -10,10 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from lorikit.sdk._errors import OutOfMemoryError
+
 if sys.platform != "win32":
     import resource
 
 _STATUS = Path("/proc/self/status")
+_SIGNS = ("can't start new thread", "cannot allocate memory", "cannot map", "failed to map")
+_HEADROOM_BYTES = 16 << 20
+"""Connecting takes that much; with less, gRPC waits for threads that it never gets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,16 +59,32 @@ def limit_memory(limit_bytes: int) -> None:
     a single process; a ``MemoryWatch`` bounds that.
 
     Raises:
+        OutOfMemoryError: The process has reserved more than that already.
         OSError: The system has no such limit.
     """
     if sys.platform == "win32":
         raise OSError(
             "Windows has no memory limit that a process sets for itself; use a job object"
         )
+    reserved = _proc_sizes(_STATUS.read_text()).get("VmData", 0) if _STATUS.exists() else 0
+    if reserved + _HEADROOM_BYTES > limit_bytes:
+        raise OutOfMemoryError(
+            f"the process has reserved {reserved} bytes before any work; a limit of {limit_bytes} "
+            f"bytes is too small, allow at least {reserved + _HEADROOM_BYTES}"
+        )
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     if hard != resource.RLIM_INFINITY:
         limit_bytes = min(limit_bytes, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error means that the system gave no more memory, in any of its disguises."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError | ImportError):
+        return any(sign in str(error) for sign in _SIGNS)
+    return isinstance(error, MemoryError)
 
 
 def small_stacks(stack_bytes: int = 1 << 20) -> bool:

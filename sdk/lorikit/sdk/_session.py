@@ -25,6 +25,7 @@ from lorikit.sdk._errors import (
 )
 from lorikit.sdk._events import AdapterReady, Failed, Refused, State
 from lorikit.sdk._feed import Feed
+from lorikit.sdk._memory import lacks_memory
 from lorikit.sdk._store import LastAdapter, Store
 from lorikit.sdk._transport import (
     Finished,
@@ -105,6 +106,7 @@ class Session:
         while max_rounds is None or self._rounds < max_rounds:
             try:
                 offer = self._next_task()
+                enrolled_anew = False
                 if isinstance(offer, Finished):
                     self._finish(offer)
                     return State.FINISHED
@@ -114,8 +116,6 @@ class Session:
                     raise
                 logger.info("the server does not know this device any more; it enrols again")
                 enrolled_anew = self._enrol(anew=True)
-            else:
-                enrolled_anew = False
         return State.STOPPED
 
     def _enrol(self, *, anew: bool = False) -> bool:
@@ -174,11 +174,12 @@ class Session:
             if self._stop.session:
                 raise
             self._give_up(task, error)
-        except MemoryError as error:
-            self._give_up(task, OutOfMemoryError(f"not enough memory for the task: {error}"))
         except LorikitError as error:
             self._give_up(task, error)
         except Exception as error:
+            if lacks_memory(error):
+                self._give_up(task, OutOfMemoryError(f"no memory for the task: {error!r}"))
+                return False
             # A fault of the SDK or the app: the app shall see it, the server shall not wait.
             self._tell(task.task_id, type(error).__name__, "unexpected; see the app's log")
             raise
@@ -188,9 +189,9 @@ class Session:
         return False
 
     def _give_up(self, task: Task, error: LorikitError) -> None:
-        self._worker.abandon(task)
         if isinstance(error, OutOfMemoryError):
             self._worker.release()
+        self._worker.abandon(task)
         self._failed(task.task_id, error)
 
     def _failed(self, task_id: str, error: LorikitError) -> None:
