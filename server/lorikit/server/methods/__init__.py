@@ -14,8 +14,23 @@ from lorikit.server.methods.base import Method
 from lorikit.server.methods.fedit import FedIT, FedITConfig
 from lorikit.server.methods.fedra import FedRA, FedRAConfig
 from lorikit.server.methods.flexlora import FlexLoRA, FlexLoRAConfig
+from lorikit.server.methods.head_start import HeadStart, HeadStartConfig
 from lorikit.server.methods.hetlora import HetLoRA, HetLoRAConfig
 from lorikit.server.methods.legend import Legend, LegendConfig
+from lorikit.server.methods.server_optimizer import ServerOptimizer, ServerOptimizerConfig
+from lorikit.server.methods.state import pack_state, unpack_state
+
+__all__ = [
+    "CONFIGS",
+    "METHODS",
+    "HeadStart",
+    "HeadStartConfig",
+    "ServerOptimizer",
+    "ServerOptimizerConfig",
+    "build_method",
+    "pack_state",
+    "unpack_state",
+]
 
 METHODS: Mapping[str, type[Method]] = {
     "fedit": FedIT,

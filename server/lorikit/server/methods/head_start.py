@@ -118,7 +118,7 @@ class HeadStart:
         """Class sums from everybody at first, then what the wrapped method assigns."""
         if is_waiting(state):
             return tuple(self._class_sums(state, space, device) for device in cohort)
-        rounds = round_number - int(state.extra[_KEY]["rounds"])
+        rounds = round_number - _rounds(state)
         return self.method.assign(state, space, rounds, cohort, rng)
 
     def broadcast(self, state: State, space: AdapterSpace, assignment: Assignment) -> Tensors:
@@ -135,7 +135,7 @@ class HeadStart:
             return self.method.aggregate(state, space, contributions)
         weight, bias = linear_head(space)
         sums, counts = _totals(weight, contributions)
-        rounds = int(state.extra[_KEY]["rounds"]) + 1
+        rounds = _rounds(state) + 1
         if not counts.any():
             return _marked(state, is_waiting=True, rounds=rounds)
         w, b = head_from_means(sums, counts, self.config, with_bias=bias is not None)
@@ -251,12 +251,30 @@ def scale_for(logits: Float64, confidence: float) -> float:
 def _totals(
     weight: AdapterTensor, contributions: Iterable[Contribution]
 ) -> tuple[Float64, Float64]:
+    """Sums and counts over all devices.
+
+    Raises:
+        ValueError: An update lacks a tensor, or one is of another shape or negative.
+    """
     classes, width = (int(length) for length in weight.shape)
     sums, counts = np.zeros((classes, width)), np.zeros(classes)
     for contribution in contributions:
-        sums += contribution.tensors[CLASS_SUMS]
-        counts += contribution.tensors[CLASS_COUNTS]
+        for name, total in ((CLASS_SUMS, sums), (CLASS_COUNTS, counts)):
+            part = contribution.tensors.get(name)
+            if part is None or part.shape != total.shape:
+                shape = None if part is None else part.shape
+                raise ValueError(
+                    f"{contribution.device_id}: {name} has shape {shape}, not {total.shape}"
+                )
+            if name == CLASS_COUNTS and part.min(initial=0.0) < 0:
+                raise ValueError(f"{contribution.device_id}: {name} holds a negative count")
+            total += part
     return sums, counts
+
+
+def _rounds(state: State) -> int:
+    """Rounds that went into class sums so far."""
+    return int(state.extra.get(_KEY, {}).get("rounds", 0))
 
 
 def _marked(state: State, *, is_waiting: bool, rounds: int) -> State:

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small model's adapter space with non-square modules, and devices that pretend to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from lorikit.proto.manifest import AdapterTensor
+from lorikit.proto.tensors import Tensors
+from lorikit.server.methods.base import (
+    AdapterSpace,
+    Assignment,
+    Contribution,
+    Method,
+    Participant,
+    State,
+)
+
+WIDTH, INNER, CLASSES = 5, 9, 3
+
+SpaceMaker = Callable[..., AdapterSpace]
+Trainer = Callable[..., Contribution]
+
+
+def make_space(layer_count: int = 4, max_rank: int = 6) -> AdapterSpace:
+    tensors = []
+    for layer in range(layer_count):
+        for kind, d_in, d_out in (("query", WIDTH, INNER), ("dense", INNER, WIDTH)):
+            module = f"bert.encoder.layer.{layer}.{kind}"
+            tensors += [
+                _tensor(f"{module}.lora_A.weight", "lora_A", module, layer, ("rank", d_in)),
+                _tensor(f"{module}.lora_B.weight", "lora_B", module, layer, (d_out, "rank")),
+            ]
+    tensors += [
+        _tensor("classifier.weight", "head", "classifier", -1, (CLASSES, WIDTH)),
+        _tensor("classifier.bias", "head", "classifier", -1, (CLASSES,)),
+    ]
+    return AdapterSpace(tensors=tuple(tensors), layer_count=layer_count, max_rank=max_rank)
+
+
+def _tensor(
+    name: str, role: str, module: str, layer: int, shape: tuple[int | str, ...]
+) -> AdapterTensor:
+    return AdapterTensor(
+        name=name, role=role, module=module, layer=layer, shape=shape, trained=True
+    )
+
+
+def make_initial(space: AdapterSpace) -> Tensors:
+    rng = np.random.default_rng(1)
+    out: Tensors = {}
+    for tensor in space.tensors:
+        shape = [space.max_rank if length == "rank" else int(length) for length in tensor.shape]
+        values = np.zeros(shape) if tensor.role == "lora_B" else rng.normal(size=shape)
+        out[tensor.name] = values.astype(np.float32)
+    return out
+
+
+def make_device(device_id: str, **fields: object) -> Participant:
+    values: dict[str, object] = {
+        "memory_limit_bytes": 1 << 30,
+        "max_rank": 64,
+        "max_depth": 64,
+        "max_layers": 64,
+        "seconds_per_step": 1.0,
+    }
+    return Participant(device_id=device_id, **{**values, **fields})  # type: ignore[arg-type]  # any field
+
+
+def train(
+    method: Method,
+    state: State,
+    space: AdapterSpace,
+    assignment: Assignment,
+    *,
+    examples: int = 10,
+    seed: int = 0,
+    **scalars: float,
+) -> Contribution:
+    """What a device sends: its trained tensors, moved by noise from what it received."""
+    rng = np.random.default_rng(seed)
+    if not assignment.train:
+        return class_sums(assignment, rng, examples)
+    received = method.broadcast(state, space, assignment)
+    trained = [
+        t.name
+        for t in space.tensors
+        if t.layer in assignment.trained_layers or (t.role == "head" and assignment.train_head)
+    ]
+    tensors = {
+        name: received[name] + rng.normal(size=received[name].shape).astype(np.float32)
+        for name in trained
+    }
+    return Contribution(
+        device_id=assignment.device_id,
+        assignment=assignment,
+        tensors=tensors,
+        scalars={"examples": float(examples), **scalars},
+        examples=examples,
+    )
+
+
+def class_sums(assignment: Assignment, rng: np.random.Generator, examples: int) -> Contribution:
+    """What a device sends that was asked for class sums: all its examples of random classes."""
+    labels = rng.integers(CLASSES, size=examples)
+    features = rng.normal(size=(examples, WIDTH))
+    one_hot = np.eye(CLASSES)[labels]
+    return Contribution(
+        device_id=assignment.device_id,
+        assignment=assignment,
+        tensors={
+            "statistics.class_sums": (one_hot.T @ features).astype(np.float32),
+            "statistics.class_counts": one_hot.sum(axis=0).astype(np.float32),
+        },
+        scalars={"examples": float(examples)},
+        examples=examples,
+    )
+
+
+@pytest.fixture
+def space() -> AdapterSpace:
+    return make_space()
+
+
+@pytest.fixture
+def spaces() -> SpaceMaker:
+    return make_space
+
+
+@pytest.fixture
+def initial(space: AdapterSpace) -> Tensors:
+    return make_initial(space)
+
+
+@pytest.fixture
+def initials() -> Callable[[AdapterSpace], Tensors]:
+    return make_initial
+
+
+@pytest.fixture
+def device() -> Callable[..., Participant]:
+    return make_device
+
+
+@pytest.fixture
+def trainer() -> Trainer:
+    return train
