@@ -53,6 +53,7 @@ class Compiler:
         *,
         targets: Sequence[str],
         blobs: FolderBlobs,
+        training_python: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Load and export the model.
@@ -62,6 +63,9 @@ class Compiler:
             task: What it is trained for.
             targets: Linear modules that get LoRA, by name, for example ``("query", "value")``.
             blobs: Where artefacts are published.
+            training_python: Interpreter of an environment with onnxruntime-training, which verifies
+                graphs with its fused kernels. Without one, devices that run it get the graph for
+                stock onnxruntime, which it runs as well.
             progress: Called with a sentence before each long step.
 
         Raises:
@@ -71,6 +75,7 @@ class Compiler:
         self._folder = Path(model_folder)
         self._task = task
         self._blobs = blobs
+        self._training_python = training_python
         self._lock = threading.RLock()
         self._bases: dict[str, Base] = {}
         self._packages: dict[Variant, Package] = {}
@@ -133,6 +138,8 @@ class Compiler:
             UnsupportedModelError: Layers out of range, or an operator without a rule.
             VerificationError: A graph disagrees with torch + PEFT; names the tensor.
         """
+        if self._training_python is None:
+            runtime = "onnx"
         variant = self._variant(precision, lowest_trained_layer, kept_layers, runtime)
         with self._lock:
             if variant not in self._packages:
@@ -280,7 +287,8 @@ class Compiler:
         predict_blob = self._publish(predict)
         self._say("verifying against torch + PEFT")
         probe = make_probe(self._model, base, variant.kept_layers, trained)
-        worst = check_train_graph(self._blobs.path(train_blob.digest), probe)
+        python = self._training_python if variant.runtime == "onnx-training" else None
+        worst = check_train_graph(self._blobs.path(train_blob.digest), probe, python)
         check_predict_graph(self._blobs.path(predict_blob.digest), probe)
         blobs = {base.stored[name].blob for name in used}
         manifest = Manifest(
@@ -294,7 +302,7 @@ class Compiler:
             task=self._task,
             graphs=(
                 manifest_graph("train", variant.runtime, train, train_blob),
-                manifest_graph("predict", variant.runtime, predict, predict_blob),
+                manifest_graph("predict", "onnx", predict, predict_blob),
             ),
             adapter=adapter,
             weights=base.manifest_entries(used),

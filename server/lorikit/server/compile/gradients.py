@@ -21,13 +21,19 @@ Rule = Callable[[Graph, Node, str, Sequence[bool]], Sequence[str | None]]
 """(graph, node, gradient of its first output, which inputs need one) -> gradient by input."""
 
 
-def add_gradients(graph: Graph, seeds: Mapping[str, str], trained: Sequence[str]) -> None:
+def add_gradients(
+    graph: Graph,
+    seeds: Mapping[str, str],
+    trained: Sequence[str],
+    rules: Mapping[str, Rule] | None = None,
+) -> None:
     """Append the backward pass and an output ``<name>.grad`` for each trained input.
 
     Args:
         graph: Forward graph with known shapes; changed in place.
         seeds: Gradient of the loss by value, for example ``{"logits": ...}``.
         trained: Inputs to differentiate with respect to.
+        rules: Rule by operator; None for ``RULES``.
 
     Raises:
         UnsupportedModelError: An operator on the way has no rule; or a trained input has no effect
@@ -41,7 +47,7 @@ def add_gradients(graph: Graph, seeds: Mapping[str, str], trained: Sequence[str]
             continue
         incoming = _sum(graph, node.outputs[0], collected.pop(node.outputs[0]))
         needs = [name in wanted for name in node.inputs]
-        rule = RULES.get(node.op)
+        rule = (rules or RULES).get(node.op)
         if rule is None:
             raise UnsupportedModelError(
                 f"operator {node.op} ({node.scope or 'no scope'}) has no gradient rule; "
@@ -200,17 +206,23 @@ def _softmax(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequen
     return [_like(graph, "Sub", product, _like(graph, "Mul", y, total, like=y), like=y)]
 
 
+def layer_norm_statistics(graph: Graph, node: Node) -> tuple[str, str]:
+    """Let a forward LayerNormalization also return its mean and inverse deviation; their names."""
+    if len(node.outputs) == 1:
+        statistics = (graph.fresh("mean"), graph.fresh("inverse_deviation"))
+        node.outputs = (node.outputs[0], *statistics)
+        rows: Shape = (*graph.shape(node.inputs[0])[:-1], 1)
+        graph.shapes.update(dict.fromkeys(statistics, rows))
+    return node.outputs[1], node.outputs[2]
+
+
 def _layer_norm(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
     """With xhat = (x - mean) r and g = dy w: dx = r (g - mean(g) - xhat mean(g xhat))."""
     x, weight = node.inputs[:2]
     rows: Shape = (*graph.shape(x)[:-1], 1)
     if node.attributes.get("axis", -1) not in (-1, len(rows) - 1):
         raise UnsupportedModelError("LayerNormalization over several axes has no gradient rule")
-    if len(node.outputs) == 1:
-        statistics = (graph.fresh("mean"), graph.fresh("inverse_deviation"))
-        node.outputs = (node.outputs[0], *statistics)
-        graph.shapes.update(dict.fromkeys(statistics, rows))
-    _, mean, inverse = node.outputs
+    mean, inverse = layer_norm_statistics(graph, node)
     centred = _like(graph, "Sub", x, mean, like=x)
     xhat = _like(graph, "Mul", centred, inverse, like=x)
     gradients: list[str | None] = [None] * len(node.inputs)

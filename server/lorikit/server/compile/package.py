@@ -14,7 +14,8 @@ from lorikit.proto.tensors import Bundle, pack, raw
 from lorikit.server.compile import graph as ir
 from lorikit.server.compile.architectures import Architecture
 from lorikit.server.compile.cleaning import merge_equal, remove_dead
-from lorikit.server.compile.gradients import add_gradients
+from lorikit.server.compile.fused_gradients import FUSED_RULES
+from lorikit.server.compile.gradients import RULES, add_gradients
 from lorikit.server.compile.layers import keep_layers
 from lorikit.server.compile.loss import add_classification_loss
 from lorikit.server.compile.verify import Probe
@@ -80,7 +81,8 @@ def training_graph(
     """
     graph = _sub_model(forward, architecture, variant, layer_count)
     seed = add_classification_loss(graph)
-    add_gradients(graph, {"logits": seed}, trained)
+    rules = FUSED_RULES if variant.runtime == "onnx-training" else RULES
+    add_gradients(graph, {"logits": seed}, trained, rules)
     graph.outputs = [p for p in graph.outputs if p.name not in ("logits", "features")]
     merge_equal(graph)
     remove_dead(graph)

@@ -7,6 +7,8 @@ were replaced by the de-quantised ones: the loss, the logits and every gradient.
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import onnxruntime
 import torch
 
 from lorikit.proto.tensors import Float32, Tensors
+from lorikit.server.compile import run_graph as run_graph_script
 from lorikit.server.compile.export import Model
 from lorikit.server.compile.weights import Base
 from lorikit.server.errors import VerificationError
@@ -95,13 +98,18 @@ def make_probe(
     )
 
 
-def check_train_graph(path: Path, probe: Probe) -> float:
+def check_train_graph(path: Path, probe: Probe, python: Path | None = None) -> float:
     """Run the training graph on the probe and compare; return the worst relative error.
+
+    Args:
+        path: The graph, beside its weight blobs.
+        probe: What torch + PEFT gives.
+        python: Interpreter with the runtime the graph is meant for; None for this one.
 
     Raises:
         VerificationError: A relative error above ``TOLERANCE`` or not finite; names the tensor.
     """
-    results = run_graph(path, probe)
+    results = run_graph(path, probe, python)
     errors = {"loss": abs(float(results["loss"]) - probe.loss) / max(abs(probe.loss), 1e-12)}
     for name, expected in probe.gradients.items():
         errors[f"gradient of {name}"] = relative_error(results[f"{name}.grad"], expected)
@@ -113,12 +121,8 @@ def check_predict_graph(path: Path, probe: Probe) -> float:
     return _worst({"logits": relative_error(run_graph(path, probe)["logits"], probe.logits)})
 
 
-def run_graph(path: Path, probe: Probe) -> Mapping[str, Float32]:
+def run_graph(path: Path, probe: Probe, python: Path | None = None) -> Mapping[str, Float32]:
     """Outputs of a graph for the probe's batch and adapter, by name."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feeds: dict[str, npt.NDArray[np.generic]] = {
         "input_ids": probe.input_ids,
         "attention_mask": probe.attention_mask,
@@ -127,10 +131,32 @@ def run_graph(path: Path, probe: Probe) -> Mapping[str, Float32]:
         "lora_scale": np.asarray(probe.scale, np.float32),
         **probe.adapter,
     }
+    if python is not None:
+        return _run_elsewhere(python, path, feeds)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     wanted = {port.name for port in session.get_inputs()}
     values = session.run(names, {name: v for name, v in feeds.items() if name in wanted})
     return dict(zip(names, values, strict=True))
+
+
+def _run_elsewhere(
+    python: Path, path: Path, feeds: Mapping[str, npt.NDArray[np.generic]]
+) -> Mapping[str, Float32]:
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, outputs = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
+        np.savez(inputs, **dict(feeds))  # type: ignore[arg-type]  # numpy's stub forbids mappings
+        command = [str(python), run_graph_script.__file__, str(path), str(inputs), str(outputs)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise VerificationError(
+                f"{python} could not run the graph; nothing was published: {done.stderr[-500:]}"
+            )
+        with np.load(outputs) as arrays:
+            return {name: arrays[name] for name in arrays.files}
 
 
 def relative_error(value: Float32, expected: Float32) -> float:

@@ -265,4 +265,5 @@ def lowest_trained_layer(assignment: Assignment, layer_count: int) -> int:
 
 def _runtime(profile: Profile) -> str:
     """Runtime whose graphs the device's preferred engine runs."""
-    return "onnx"
+    preferred = profile.engines[0].name if profile.engines else "onnx"
+    return "onnx-training" if preferred == "onnx-training" else "onnx"
