@@ -153,6 +153,9 @@ def test_capacities_can_follow_budgets(space: AdapterSpace, device: Devices) -> 
     work = method.assign(State(tensors={}), space, 0, cohort, np.random.default_rng(0))
 
     assert [len(a.kept_layers) for a in work] == [4, 2, 1, 1, 2]
+    spread = FedRA(FedRAConfig(capacity="budget", budget_exponent=0.5))
+    work = spread.assign(State(tensors={}), space, 0, cohort, np.random.default_rng(0))
+    assert [len(a.kept_layers) for a in work] == [4, 3, 1, 1, 2]  # 4 / sqrt(2) = 2.8
 
 
 def test_repair_gives_every_layer_a_holder(space: AdapterSpace, device: Devices) -> None:
@@ -174,6 +177,7 @@ def test_repair_gives_every_layer_a_holder(space: AdapterSpace, device: Devices)
         {"rank": -1},
         {"min_layers": 0},
         {"reference_bytes": -5},
+        {"budget_exponent": -0.5},
     ],
 )
 def test_bad_options_are_refused_with_their_value(options: dict[str, object]) -> None:

@@ -187,6 +187,15 @@ def test_ranks_follow_memory_budgets(spaces: Callable[..., AdapterSpace], device
     ]  # fmt: skip
 
 
+def test_ranks_can_be_spread_over_budgets_that_differ_by_orders_of_magnitude(
+    spaces: Callable[..., AdapterSpace], device: Devices
+) -> None:
+    method = HetLoRA(HetLoRAConfig(budget_exponent=0.4))
+    cohort = [device(f"d{i}", memory_limit_bytes=b) for i, b in enumerate((256, 512, 2000, 8000))]
+
+    assert ranks(method, State(tensors={}), spaces(max_rank=8), *cohort) == [2, 3, 5, 8]
+
+
 def test_a_rank_is_held_and_only_falls(space: AdapterSpace, device: Devices) -> None:
     state = State(tensors={}, devices={"a": {"rank": 4.0}})
 
@@ -274,7 +283,8 @@ def test_devices_get_the_leading_ranks(
         {"rank_rule": "best"},
         {"min_rank": 0},
         {"reference_bytes": -1},
-        {"power": 0.0},
+        {"budget_exponent": 0.0},
+        {"law_exponent": float("inf")},
     ],
 )
 def test_bad_options_are_refused_with_their_value(options: dict[str, object]) -> None:

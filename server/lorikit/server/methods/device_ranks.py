@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,15 +22,19 @@ class DeviceRankConfig:
 
     rule: RankRule = "budget"
     """``budget``: ``clip(round(r_max * budget_k / max_j budget_j), r_min, r_max)`` with memory
-    limits as budgets; ``fit``: the largest rank whose plan fits; ``power-law``: drawn from a
+    limits as budgets (see ``budget_exponent``); ``fit``: the largest rank whose plan fits; ``power-law``: drawn from a
     distribution that is dense at r_min. No rule goes above the largest rank that fits."""
     min_rank: int = 2
     """r_min; at least 1."""
     reference_bytes: int = 0
     """``budget``: memory limit that earns the largest rank; 0 for the largest limit in the cohort
     (set it when cohorts are small, since a device keeps the first rank it gets)."""
-    power: float = 0.1
-    """``power-law``: exponent; smaller is denser at r_min."""
+    budget_exponent: float = 1.0
+    """``budget``: power to which the share of the largest budget is raised; above 0. Below 1 spreads
+    ranks more evenly over budgets that differ by orders of magnitude (0.4 gives 256 MB, 512 MB,
+    2 GB and 8 GB the ranks 2, 3, 5 and 8)."""
+    law_exponent: float = 0.1
+    """``power-law``: exponent, above 0; smaller is denser at r_min."""
 
     def __post_init__(self) -> None:
         if self.rule not in RANK_RULES:
@@ -38,8 +43,10 @@ class DeviceRankConfig:
             raise ValueError(f"min_rank must be at least 1, got {self.min_rank}")
         if self.reference_bytes < 0:
             raise ValueError(f"reference_bytes must be at least 0, got {self.reference_bytes}")
-        if not self.power > 0:
-            raise ValueError(f"power must be above 0, got {self.power}")
+        for name in ("budget_exponent", "law_exponent"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be above 0 and finite, got {value}")
 
 
 def device_ranks(
@@ -86,7 +93,8 @@ def _wanted(
     if config.rule == "fit":
         rank = device.max_rank
     elif config.rule == "power-law":
-        rank = low + int((max_rank - low + 1) * rng.power(config.power))
+        rank = low + int((max_rank - low + 1) * rng.power(config.law_exponent))
     else:
-        rank = round(max_rank * device.memory_limit_bytes / reference)
+        share = device.memory_limit_bytes / reference
+        rank = round(max_rank * share**config.budget_exponent)
     return min(max(rank, low), max_rank)

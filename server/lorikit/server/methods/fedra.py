@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -39,6 +40,8 @@ class FedRAConfig:
     more than fit."""
     reference_bytes: int = 0
     """``budget``: memory limit that earns all layers; 0 for the largest limit in the cohort."""
+    budget_exponent: float = 1.0
+    """``budget``: power to which the share of the largest budget is raised; above 0."""
     min_layers: int = 1
     """``budget``: fewest layers of a device."""
     layout: Literal["random", "window"] = "random"
@@ -66,6 +69,10 @@ class FedRAConfig:
         for name, low in (("rank", 0), ("reference_bytes", 0), ("min_layers", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if not (self.budget_exponent > 0 and math.isfinite(self.budget_exponent)):
+            raise ValueError(
+                f"budget_exponent must be above 0 and finite, got {self.budget_exponent}"
+            )
         if self.layout == "window" and self.unused == "repair":
             raise ValueError("repair would tear windows apart; use layout='random' with it")
 
@@ -141,7 +148,8 @@ class FedRA:
         budgets = [device.memory_limit_bytes for device in devices]
         reference = self.config.reference_bytes or max(budgets)
         low = self.config.min_layers
-        wanted = [max(low, round(layer_count * budget / reference)) for budget in budgets]
+        shares = [(budget / reference) ** self.config.budget_exponent for budget in budgets]
+        wanted = [max(low, round(layer_count * share)) for share in shares]
         return [min(want, fits) for want, fits in zip(wanted, fitting, strict=True)]
 
     def _assignment(

@@ -40,8 +40,10 @@ class FlexLoRAConfig:
     """Smallest rank of a device; at least 1."""
     reference_bytes: int = 0
     """See ``DeviceRankConfig.reference_bytes``."""
-    power: float = 0.1
-    """See ``DeviceRankConfig.power``."""
+    budget_exponent: float = 1.0
+    """See ``DeviceRankConfig.budget_exponent``."""
+    law_exponent: float = 0.1
+    """See ``DeviceRankConfig.law_exponent``."""
     weighting: Weighting = "data"
     """``data`` (the paper) or ``uniform``."""
     scale: float = 2.0
@@ -62,7 +64,8 @@ class FlexLoRAConfig:
             rule=self.rank_rule,
             min_rank=self.min_rank,
             reference_bytes=self.reference_bytes,
-            power=self.power,
+            budget_exponent=self.budget_exponent,
+            law_exponent=self.law_exponent,
         )
 
 

@@ -55,8 +55,10 @@ class HetLoRAConfig:
     """r_min; the paper uses 5 with r_max = 50."""
     reference_bytes: int = 0
     """See ``DeviceRankConfig.reference_bytes``."""
-    power: float = 0.1
-    """See ``DeviceRankConfig.power``."""
+    budget_exponent: float = 1.0
+    """See ``DeviceRankConfig.budget_exponent``."""
+    law_exponent: float = 0.1
+    """See ``DeviceRankConfig.law_exponent``."""
     weighting: HetWeighting = "norm"
     """``norm``: S_k (the paper); ``norm-data``: n_k S_k; ``data``: n_k, plain zero padding."""
     granularity: Literal["device", "module"] = "device"
@@ -88,7 +90,8 @@ class HetLoRAConfig:
             rule=self.rank_rule,
             min_rank=self.min_rank,
             reference_bytes=self.reference_bytes,
-            power=self.power,
+            budget_exponent=self.budget_exponent,
+            law_exponent=self.law_exponent,
         )
 
 
