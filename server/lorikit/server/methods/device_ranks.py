@@ -22,17 +22,18 @@ class DeviceRankConfig:
 
     rule: RankRule = "budget"
     """``budget``: ``clip(round(r_max * budget_k / max_j budget_j), r_min, r_max)`` with memory
-    limits as budgets (see ``budget_exponent``); ``fit``: the largest rank whose plan fits; ``power-law``: drawn from a
-    distribution that is dense at r_min. No rule goes above the largest rank that fits."""
+    limits as budgets (see ``budget_exponent``); ``fit``: the largest rank whose plan fits;
+    ``power-law``: drawn from a distribution that is dense at r_min. No rule goes above the largest
+    rank that fits."""
     min_rank: int = 2
     """r_min; at least 1."""
     reference_bytes: int = 0
     """``budget``: memory limit that earns the largest rank; 0 for the largest limit in the cohort
     (set it when cohorts are small, since a device keeps the first rank it gets)."""
     budget_exponent: float = 1.0
-    """``budget``: power to which the share of the largest budget is raised; above 0. Below 1 spreads
-    ranks more evenly over budgets that differ by orders of magnitude (0.4 gives 256 MB, 512 MB,
-    2 GB and 8 GB the ranks 2, 3, 5 and 8)."""
+    """``budget``: power to which the share of the largest budget is raised; above 0. Below 1 it
+    spreads ranks more evenly over budgets that differ by orders of magnitude (0.4 gives 256 MB,
+    512 MB, 2 GB and 8 GB the ranks 2, 3, 5 and 8)."""
     law_exponent: float = 0.1
     """``power-law``: exponent, above 0; smaller is denser at r_min."""
 
