@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,16 @@ from lorikit.proto.device import Profile
 from lorikit.server.cli.exit_codes import CommandError, ExitCode
 
 _BUILT_IN = "device_classes.toml"
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+}
+_BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(|KB|MB|GB|KIB|MIB|GIB)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,17 +85,11 @@ def parse_classes(text: str, origin: str) -> dict[str, DeviceClass]:
 
 def parse_bytes(size: str) -> int:
     """Bytes of a text such as ``256MB`` or ``1.5GiB``; ValueError for anything else."""
-    text = size.strip().upper()
-    for unit, factor in _UNITS.items():
-        if text.endswith(unit):
-            return _positive(float(text.removesuffix(unit)) * factor, size)
-    return _positive(float(text), size)
-
-
-def _positive(count: float, size: str) -> int:
-    if not count >= 1:
-        raise ValueError(f"a size must be at least one byte, got {size!r}")
-    return int(count)
+    match = _BYTES.fullmatch(size.strip().upper())
+    count = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if count < 1:
+        raise ValueError(f"not a size above zero: {size!r}; write for example 256MB or 1.5GiB")
+    return count
 
 
 def _device_class(name: str, table: Mapping[str, Any], origin: str) -> DeviceClass:

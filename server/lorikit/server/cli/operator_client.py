@@ -221,7 +221,7 @@ def _summary(message: messages.RunSummary) -> RunSummary:
 
 
 def _plain_name(name: str) -> str:
-    if not name or Path(name).name != name or "\\" in name:
+    if not name or name == ".." or Path(name).name != name or "\\" in name:
         raise CommandError(ExitCode.REFUSED, f"server sent the file name {name!r}, which is unsafe")
     return name
 

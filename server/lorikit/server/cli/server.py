@@ -6,8 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,25 +55,13 @@ def server(
     else:
         settings = ServerConfig.model_validate(changes)
     with progress("Starting"):
-        # Loads torch, which takes seconds: only when there is something to serve.
-        from lorikit.server.app import Coordinator
-    asyncio.run(_serve(lambda: Coordinator(settings), output))
+        # Loads the database and gRPC parts: only when there is something to serve.
+        from lorikit.server.app import serve
 
-
-async def _serve(build: Callable[[], Coordinator], output: Format) -> None:
-    """Listen until a signal comes, then let calls in progress end."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    coordinator = build()
-    await coordinator.start()
-    try:
+    def started(coordinator: Coordinator) -> None:
         if output is Format.JSON:
-            facts = {"event": "listening", "address": coordinator.address}
-            typer.echo(json.dumps(facts))
+            typer.echo(json.dumps({"event": "listening", "address": coordinator.address}))
         else:
             typer.echo(f"Listening on {coordinator.address}; Ctrl-C stops")
-        await stop.wait()
-    finally:
-        await coordinator.stop()
+
+    asyncio.run(serve(settings, started=started))
