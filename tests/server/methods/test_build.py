@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-import dataclasses
+from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
 import pytest
 
+from lorikit.proto.tensors import Tensors
 from lorikit.server.methods import CONFIGS, METHODS, build_method
+from lorikit.server.methods.base import AdapterSpace, Contribution, Method, Participant
 from lorikit.server.methods.fedit import FedIT
 from lorikit.server.methods.hetlora import HetLoRA
 from lorikit.server.methods.legend import Legend
@@ -58,3 +65,23 @@ def test_every_option_is_plain_text_configuration() -> None:
     for config in CONFIGS.values():
         for field in dataclasses.fields(config):
             assert type(field.default) in (int, float, str, bool), field.name
+
+
+def test_the_method_in_the_documentation_does_what_it_says(
+    space: AdapterSpace,
+    initial: Tensors,
+    device: Callable[..., Participant],
+    trainer: Callable[..., Contribution],
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "methods.md").read_text()
+    names: dict[str, type] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    method: Method = names["Halfway"]()
+    state = method.start(space, initial)
+    [work] = method.assign(state, space, 0, [device("a")], np.random.default_rng(0))
+    update = trainer(method, state, space, work)
+
+    after = method.aggregate(state, space, [update])
+
+    for name, values in update.tensors.items():
+        np.testing.assert_allclose(after.tensors[name], (initial[name] + values) / 2, atol=1e-6)

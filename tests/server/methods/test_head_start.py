@@ -138,6 +138,26 @@ def test_devices_with_one_class_each_give_the_head_of_pooled_data(
     assert (logits.argmax(axis=1) == labels).mean() > 0.99
 
 
+def test_sums_of_sub_models_count_only_without_sums_of_the_whole(
+    space: AdapterSpace, initial: Tensors, device: Devices
+) -> None:
+    method = HeadStart(build_method("fedra"))
+    state = method.start(space, initial)
+    cohort = [device("whole"), device("part", max_depth=0, max_layers=2)]
+    work = method.assign(state, space, 0, cohort, RNG)
+    whole, part = (update(a, *clusters(np.random.default_rng(i))) for i, a in enumerate(work))
+
+    both = method.aggregate(state, space, [whole, part]).tensors["classifier.weight"]
+    first = method.aggregate(state, space, [whole]).tensors["classifier.weight"]
+    second = method.aggregate(state, space, [part]).tensors["classifier.weight"]
+
+    assert part.assignment.kept_layers == (2, 3)
+    sent = method.broadcast(state, space, part.assignment)
+    assert {t.layer for t in space.tensors if t.name in sent} == {-1, 2, 3}
+    assert np.array_equal(both, first)
+    assert not np.array_equal(both, second)
+
+
 def test_nearest_mean_is_nearest_mean() -> None:
     rng = np.random.default_rng(2)
     features, labels = clusters(rng)

@@ -76,6 +76,9 @@ class HeadStart:
     ``b_c = 0``: it stands at the mean of all classes. Class means, unlike gradients, do not suffer
     from devices that see few classes: the result is that of pooled data.
 
+    A device that cannot hold the whole model (FedRA) sends sums of its sub-model's features, which
+    are not those of the model: they count only if no device holds the whole.
+
     A shared covariance (linear discriminant analysis) would need second moments, which class sums
     do not hold: [width, width] numbers more per device. It is not offered.
 
@@ -124,7 +127,8 @@ class HeadStart:
     def broadcast(self, state: State, space: AdapterSpace, assignment: Assignment) -> Tensors:
         """The start adapter for class sums, then what the wrapped method sends."""
         if is_waiting(state):
-            return leading_ranks(self.method.global_adapter(state, space), space, assignment.ranks)
+            adapter = self.method.global_adapter(state, space)
+            return leading_ranks(adapter, space, assignment.ranks, assignment.kept_layers)
         return self.method.broadcast(state, space, assignment)
 
     def aggregate(
@@ -134,7 +138,7 @@ class HeadStart:
         if not is_waiting(state):
             return self.method.aggregate(state, space, contributions)
         weight, bias = linear_head(space)
-        sums, counts = _totals(weight, contributions)
+        sums, counts = _totals(space, weight, contributions)
         rounds = _rounds(state) + 1
         if not counts.any():
             return _marked(state, is_waiting=True, rounds=rounds)
@@ -150,7 +154,7 @@ class HeadStart:
         return self.method.global_adapter(state, space, rank)
 
     def _class_sums(self, state: State, space: AdapterSpace, device: Participant) -> Assignment:
-        """Every layer of the model, since features of a sub-model are not those of the model.
+        """Class sums with all layers, or with as many as a device can hold that never holds all.
 
         Rank 1 suffices while B is 0 everywhere.
         """
@@ -160,11 +164,16 @@ class HeadStart:
         operation = Operation(
             name="class_sums", arguments={"max_examples": self.config.max_examples}
         )
+        layers = every_layer(space)
+        if device.max_depth < 1:
+            layers = layers[space.layer_count - min(device.max_layers, space.layer_count) :]
+        ranks = same_ranks(space, 1) if is_zero else full
+        held = same_ranks(space, 1, layers)
         return Assignment(
             device_id=device.device_id,
-            ranks=same_ranks(space, 1) if is_zero else full,
+            ranks={module: ranks[module] for module in held},
             trained_layers=(),
-            kept_layers=every_layer(space),
+            kept_layers=layers,
             train_head=False,
             operations=(operation,),
             train=False,
@@ -249,16 +258,19 @@ def scale_for(logits: Float64, confidence: float) -> float:
 
 
 def _totals(
-    weight: AdapterTensor, contributions: Iterable[Contribution]
+    space: AdapterSpace, weight: AdapterTensor, contributions: Iterable[Contribution]
 ) -> tuple[Float64, Float64]:
-    """Sums and counts over all devices.
+    """Sums and counts over the devices that hold the whole model; over all where none does.
 
     Raises:
         ValueError: An update lacks a tensor, or one is of another shape or negative.
     """
     classes, width = (int(length) for length in weight.shape)
-    sums, counts = np.zeros((classes, width)), np.zeros(classes)
+    whole = np.zeros((classes, width)), np.zeros(classes)
+    partial = np.zeros((classes, width)), np.zeros(classes)
     for contribution in contributions:
+        has_all = len(contribution.assignment.kept_layers) == space.layer_count
+        sums, counts = whole if has_all else partial
         for name, total in ((CLASS_SUMS, sums), (CLASS_COUNTS, counts)):
             part = contribution.tensors.get(name)
             if part is None or part.shape != total.shape:
@@ -269,7 +281,7 @@ def _totals(
             if name == CLASS_COUNTS and part.min(initial=0.0) < 0:
                 raise ValueError(f"{contribution.device_id}: {name} holds a negative count")
             total += part
-    return sums, counts
+    return whole if whole[1].any() else partial
 
 
 def _rounds(state: State) -> int:
