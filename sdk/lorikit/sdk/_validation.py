@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorikit.proto.manifest import Manifest, ManifestError
+from lorikit.proto.manifest import Manifest
 from lorikit.proto.plan import Phase, Plan
 from lorikit.proto.tensors import Tensors
 from lorikit.quantization import codec
@@ -120,10 +120,9 @@ def _check_operations(
 def _check_inputs(plan: Plan, manifest: Manifest, operations: Sequence[FinalOperation]) -> None:
     graphs = ("train",) * bool(plan.phases) + ("predict",) * bool(operations)
     for name in graphs:
-        try:
-            graph = manifest.graph(name)
-        except ManifestError as error:
-            raise PlanRefusedError(f"the plan needs a graph {name!r}: {error}") from error
+        graph = next((graph for graph in manifest.graphs if graph.name == name), None)
+        if graph is None:
+            raise PlanRefusedError(f"the plan needs a graph {name!r}, which the package lacks")
         missing = [i for i in scalar_inputs(manifest, graph) if i not in plan.inputs]
         if missing:
             raise PlanRefusedError(f"the plan gives no value for the graph's input {missing[0]!r}")

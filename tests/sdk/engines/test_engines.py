@@ -89,3 +89,22 @@ def test_every_engine_has_a_module_of_its_own() -> None:
     folder = Path(engines.__file__).parent
     for kind in engines._ENGINES.values():
         assert (folder / f"{kind.module.rpartition('.')[2]}.py").is_file()
+
+
+def test_loading_the_training_build_never_tries_its_torch_front_end(tmp_path: Path) -> None:
+    """A package named like the build stands in for it: its import only records the attempt."""
+    stand_in = tmp_path / "onnxruntime"
+    (stand_in / "training").mkdir(parents=True)
+    (stand_in / "training" / "__init__.py").write_text("raise SystemExit('torch front end')")
+    (stand_in / "__init__.py").write_text(
+        "try:\n    import onnxruntime.training\nexcept ImportError:\n    pass\n"
+    )
+    code = (
+        "import sys; import lorikit.sdk.engines.onnx_training;"
+        "print('onnxruntime.training' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "False\n", done.stderr

@@ -137,6 +137,21 @@ def _open_session(path: Path, threads: int) -> Any:  # noqa: ANN401  # onnxrunti
 
 
 def _options(threads: int) -> Any:  # noqa: ANN401  # onnxruntime has no types
+    """Session options, chosen by measurement.
+
+    Peak resident memory of the whole process, of it anonymous; MiniLM 22 M nf4, one example of 32
+    tokens, 2 threads, onnxruntime 1.31, x86-64 Linux. As chosen: 118 MB, 60 anonymous.
+
+    * Nodes in default order instead of file order: 125, 67 (int8 base: 152, 90 against 123, 61).
+      File order is also what the compiler's memory plan assumes.
+    * Memory pattern on: 136, 78 (int8: 184, 122). Graph optimisation basic: 284, 226, because
+      it folds de-quantised weights into constants.
+    * Arena off: 126 here, but 707 against 275 at 8 x 128 tokens, and slower: glibc keeps what is
+      freed. Arena growing by what is asked only: the same resident, 70 MB less reserved there.
+    * Spinning on: the same memory; steps 3 times slower where other processes want the cores.
+    * Pre-packing: no difference for weights that are de-quantised, twice the memory for others.
+    * MALLOC_ARENA_MAX, MALLOC_TRIM_THRESHOLD_, PYTHONMALLOC: within 1 MB, so left alone.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
