@@ -41,7 +41,7 @@ def make_report(rounds: int = 8) -> dict[str, object]:
             name: {"memory_limit_bytes": limit * 1_000_000}
             for name, (limit, _, _) in CLASSES.items()
         },
-        "torch_step": {"peak_memory_bytes": 598_000_000, "note": "1 × 32 tokens, NF4"},
+        "torch_step": {"peak_memory_bytes": 598_000_000, "label": "1 × 32 tokens, NF4"},
         "sentences": ["The federation reached 93.4 % accuracy.", "Memory.", "Bytes."],
     }  # fmt: skip
 

@@ -148,7 +148,11 @@ def _memory_row(
     if 0 < row.budget <= reach:
         at = x(row.budget)
         parts.append(_line(at, middle - 19, at, middle + 19, "budget"))
-        parts.append(_text(at + 6, middle + 4, f"budget {_mb(row.budget)}", "axis"))
+        before = row.budget > 0.8 * reach
+        style = "axis end" if before else "axis"
+        parts.append(
+            _text(at, middle + 4, f"budget {_mb(row.budget)}", style, dx=-6 if before else 6)
+        )
     elif row.budget:
         parts.append(_text(edge - 4, middle + 4, f"budget {_mb(row.budget)} →", "axis end"))
     return parts

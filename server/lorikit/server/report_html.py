@@ -222,7 +222,7 @@ def _memory_rows(report: Report, devices: Sequence[_Device]) -> list[MemoryRow]:
         rows.append(
             MemoryRow(
                 name="torch + PEFT",
-                note=str(torch.get("note", "the same step")),
+                note=str(torch.get("label", "the same step")),
                 measured=torch["peak_memory_bytes"],
                 style="reference",
             )
@@ -319,10 +319,11 @@ def _baseline_section(report: Report) -> list[str]:
 
 def _devices(report: Report) -> list[_Device]:
     """Devices by class in the order of their budget, then by name."""
+    names = report.get("device_names") or {}
     found: dict[str, _Device] = {}
     for entry in report.get("rounds", ()):
         for item in entry["devices"]:
-            name = str(item["device"])
+            name = str(names.get(item["device"], item["device"]))
             device = found.setdefault(
                 name, _Device(name=name, device_class=str(item.get("class") or ""))
             )

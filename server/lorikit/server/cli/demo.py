@@ -56,6 +56,7 @@ def demo(
 
     settings = demo_config(
         model=model or _bundled_model(),
+        model_name=model.resolve().name if model else "all-MiniLM-L6-v2",
         folder=folder,
         method=method,
         rounds=rounds,

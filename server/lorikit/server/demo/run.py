@@ -10,17 +10,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from rich.console import Console
 
 from lorikit.server.cli.operator_client import Endpoint, OperatorClient, RunEvent
 from lorikit.server.config import RunConfig
 from lorikit.server.demo.baseline_task import BaselineTask
-from lorikit.server.demo.clinc150 import in_scope_rows, intents
+from lorikit.server.demo.clinc150 import Row, in_scope_rows, intents
 from lorikit.server.demo.devices import Fleet, write_rows
 from lorikit.server.demo.live import Board, shown
 from lorikit.server.demo.server_process import ServerProcess
@@ -44,7 +46,8 @@ _END_SECONDS = 30.0
 
 TORCH_STEP_QUOTED: Mapping[str, Any] = {
     "peak_memory_bytes": 555_000_000,
-    "note": "one step of 1 × 32 tokens, NF4 base, as measured in docs/benchmarks.md",
+    "label": "1 × 32 tokens, NF4",
+    "note": "one step of 1 × 32 tokens, NF4 base, measured on two x86-64 cores",
     "measured": False,
 }
 """What the torch stack takes where it is not measured anew."""
@@ -86,17 +89,11 @@ def run_demo(demo: DemoConfig, console: Console) -> DemoResult:
         console.print(text, markup=False, highlight=False)
 
     prepare_folder(demo.folder)
-    train, test = in_scope_rows("train"), in_scope_rows("test")
+    train = first_of_each_intent(in_scope_rows("train"), demo.rows_per_intent)
+    test = in_scope_rows("test")
     devices = demo.devices
-    parts = dirichlet_split(
-        [row["domain"] for row in train],
-        devices=len(devices),
-        concentration=CONCENTRATION,
-        seed=demo.seed,
-        smallest=2 * demo.batch_size,
-    )
-    for name, part in zip(devices, parts, strict=True):
-        write_rows(demo.folder / "devices" / name / "rows.jsonl", [train[i] for i in part])
+    for name, rows in zip(devices, deal(train, demo), strict=True):
+        write_rows(demo.folder / "devices" / name / "rows.jsonl", rows)
     write_rows(demo.folder / "data" / "train.jsonl", train)
     write_rows(demo.folder / "data" / "test.jsonl", test)
     say(
@@ -104,10 +101,13 @@ def run_demo(demo: DemoConfig, console: Console) -> DemoResult:
         f"they will learn {len(intents(train))} intents with {demo.method}."
     )
     config = run_config(
-        demo, labels=intents(train), evaluation_data=demo.folder / "data" / "test.jsonl"
+        demo,
+        model=_named_model(demo),
+        labels=intents(train),
+        evaluation_data=demo.folder / "data" / "test.jsonl",
     )
     with ServerProcess(demo.folder / "server") as server:
-        say(f"Server listens on {server.address}; it compiles {demo.model.name} now.")
+        say(f"Server listens on {server.address}; it compiles {demo.model_name} now.")
         main = _federate(demo, config, server, console)
         baselines: dict[str, Any] = {}
         if demo.with_baselines:
@@ -131,6 +131,30 @@ def run_demo(demo: DemoConfig, console: Console) -> DemoResult:
     return DemoResult(report=report, folder=demo.folder)
 
 
+def deal(rows: Sequence[Row], demo: DemoConfig) -> list[list[Row]]:
+    """The rows of each device, by domain in random proportions, in random order."""
+    parts = dirichlet_split(
+        [row["domain"] for row in rows],
+        devices=len(demo.devices),
+        concentration=CONCENTRATION,
+        seed=demo.seed,
+        smallest=2 * demo.batch_size,
+    )
+    rng = np.random.default_rng(demo.seed)
+    return [[rows[index] for index in rng.permutation(part)] for part in parts]
+
+
+def first_of_each_intent(rows: Sequence[Row], count: int) -> tuple[Row, ...]:
+    """The first rows of every intent, in their order; all rows if ``count`` is 0."""
+    taken: Counter[str] = Counter()
+    kept = []
+    for row in rows:
+        taken[row["intent"]] += 1
+        if not count or taken[row["intent"]] <= count:
+            kept.append(row)
+    return tuple(kept)
+
+
 def prepare_folder(folder: Path) -> None:
     """Make the folder, or empty it if it holds an earlier demo.
 
@@ -149,6 +173,18 @@ def prepare_folder(folder: Path) -> None:
                 path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
+
+
+def _named_model(demo: DemoConfig) -> Path:
+    """The model's folder, under its name where the system has links."""
+    link = demo.folder / "data" / demo.model_name
+    try:
+        link.symlink_to(demo.model.absolute(), target_is_directory=True)
+    except (
+        OSError
+    ):  # Windows allows links to few users; the name in the report is then the folder's
+        return demo.model
+    return link
 
 
 def _federate(
@@ -256,8 +292,9 @@ def _torch_step(demo: DemoConfig, labels: int) -> dict[str, Any]:
         str(demo.model),
         *("--labels", str(labels), "--batch", "1", "--length", str(demo.max_length)),
     )
+    label = f"1 × {demo.max_length} tokens, NF4"
     note = f"one step of 1 × {demo.max_length} tokens, NF4 base, measured here"
-    return {**cost, "note": note, "measured": True}
+    return {**cost, "label": label, "note": note, "measured": True}
 
 
 def _json_program(demo: DemoConfig, module: str, *arguments: str) -> dict[str, Any]:

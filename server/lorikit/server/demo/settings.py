@@ -45,6 +45,8 @@ class DemoConfig:
 
     model: Path
     """Hugging Face folder of the base model."""
+    model_name: str
+    """Name of the model for people."""
     folder: Path
     """Where everything goes."""
     method: str = "hetlora"
@@ -57,6 +59,10 @@ class DemoConfig:
     max_rank: int = 8
     min_rank: int = 2
     learning_rate: float = 2e-3
+    rows_per_intent: int = 0
+    """Training rows of each intent that are dealt out; 0 for all 100."""
+    head_start_examples: int = 500
+    """Most examples a device looks at to start the head."""
     evaluate_rows: int = 0
     """Rows of the test set for each measurement; 0 for all 4,500."""
     with_baselines: bool = False
@@ -80,11 +86,20 @@ class DemoConfig:
         }
 
 
-def run_config(demo: DemoConfig, *, labels: tuple[str, ...], evaluation_data: Path) -> RunConfig:
-    """Settings of the demo's run, as an operator would write them in TOML."""
+def run_config(
+    demo: DemoConfig, *, model: Path, labels: tuple[str, ...], evaluation_data: Path
+) -> RunConfig:
+    """Settings of the demo's run, as an operator would write them in TOML.
+
+    Args:
+        demo: What the demo does.
+        model: The model's folder under the name that reports shall show.
+        labels: Class names.
+        evaluation_data: Test rows.
+    """
     return RunConfig(
         name=RUN_NAME,
-        model=demo.model.absolute(),
+        model=model.absolute(),
         method=demo.method,
         labels=labels,
         label_column="intent",
@@ -101,6 +116,7 @@ def run_config(demo: DemoConfig, *, labels: tuple[str, ...], evaluation_data: Pa
         evaluation_data=evaluation_data.absolute(),
         evaluate_rows=demo.evaluate_rows,
         head_start="class-means",
+        head_start_options={"max_examples": demo.head_start_examples},
     )
 
 
@@ -118,6 +134,7 @@ def uniform_run_config(config: RunConfig) -> RunConfig:
 def demo_config(
     *,
     model: Path,
+    model_name: str,
     folder: Path,
     method: str,
     rounds: int | None,
@@ -127,7 +144,12 @@ def demo_config(
 ) -> DemoConfig:
     """The demo as asked for; the short form trains less and measures on fewer rows."""
     common = DemoConfig(
-        model=model, folder=folder, method=method, seed=seed, with_baselines=with_baselines
+        model=model,
+        model_name=model_name,
+        folder=folder,
+        method=method,
+        seed=seed,
+        with_baselines=with_baselines,
     )
     if is_quick:
         return dataclasses.replace(
@@ -135,6 +157,7 @@ def demo_config(
             rounds=rounds or 2,
             devices_per_class=1,
             local_steps=4,
+            rows_per_intent=20,
             evaluate_rows=500,
             baseline_seconds=20.0,
             measures_torch=False,

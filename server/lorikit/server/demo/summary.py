@@ -81,8 +81,8 @@ def _accuracy_sentence(report: Report) -> str:
     if final is None:
         return f"{len(devices)} devices trained together for {rounds} rounds; nothing was measured."
     text = (
-        f"{len(devices)} devices, none of which saw more than its own share of the domains, "
-        f"reached {100 * final:.1f} % accuracy on 150 intents in {rounds} rounds"
+        f"{len(devices)} devices, each with a mix of topics of its own, "
+        f"reached {100 * final:.1f} % accuracy on {report['labels']} intents in {rounds} rounds"
     )
     central = (report.get("baselines", {}).get("centralised") or {}).get("metric")
     if not central:
