@@ -53,9 +53,11 @@ from lorikit.sdk import (
     RoundDone,
     State,
     StateChanged,
+    StorageFullError,
     StoreBusyError,
     TaskStarted,
 )
+from lorikit.sdk._store import PendingUpdate, Store
 
 pytest.importorskip("onnxruntime", reason="clients train on the onnx engine")
 
@@ -522,6 +524,22 @@ def test_full_store_fails_the_task_with_its_own_error(server: Federation, device
     assert "raise storage_limit_bytes" in server.failures[0].message
 
 
+def test_full_disk_at_the_end_of_training_does_not_cost_the_update(
+    server: Federation, device: Device, undisturbed: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(store: Store, update: PendingUpdate) -> None:
+        raise StorageFullError("no room")
+
+    monkeypatch.setattr(Store, "save_update", full)
+    server.offer_task()
+    server.offer_end()
+
+    assert device.run() is State.FINISHED
+
+    assert_same(server.update(), undisturbed)
+    assert list((device.store / "journal").iterdir()) == []
+
+
 def test_refusal_ends_the_run_with_reason_and_remedy(server: Federation, device: Device) -> None:
     refusal = pb.Refusal(reason="Needs 300 MB.", remedy="Allow 44 MB more.")
     server.offers.append(pb.NextTaskResponse(refused=refusal))
@@ -805,6 +823,67 @@ def test_killed_process_goes_on_within_the_task(server: Federation, tmp_path: Pa
     assert started["resumed"]
     assert first["step"] >= 90  # type: ignore[operator]  # the journal is at most 10 steps old
     assert_same(server.update("task-1"), server.update("calm"))
+    assert len(server.reports) == 2
+
+
+class Gate:
+    """A fault that holds a call up until the test lets it go."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, context: grpc.ServicerContext) -> None:
+        self.reached.set()
+        self.opened.wait(60)
+
+
+@pytest.mark.slow
+def test_process_killed_while_downloading_goes_on_from_there(
+    server: Federation, tmp_path: Path, undisturbed: Tensors
+) -> None:
+    gate = Gate()
+
+    def hold(message: pb.DownloadBlobResponse) -> None:
+        gate(None)  # type: ignore[arg-type]  # a stream has no use for the context
+
+    server.offer_task()
+    server.spoil.append(hold)
+    killed = Process(server, tmp_path / "device")
+    assert gate.reached.wait(60)
+    killed.until("Downloaded")
+    killed.process.send_signal(signal.SIGKILL)
+    killed.end()
+    gate.opened.set()
+    server.offers.append(pb.NextTaskResponse(finished=pb.Finished(run_id="run")))
+    server.offsets.clear()
+
+    assert Process(server, tmp_path / "device").end() == 0
+
+    assert server.offsets[0] == 1000
+    assert_same(server.update(), undisturbed)
+
+
+@pytest.mark.slow
+def test_process_killed_while_uploading_sends_without_training_again(
+    server: Federation, tmp_path: Path, undisturbed: Tensors
+) -> None:
+    gate = Gate()
+    server.offer_task()
+    server.faults["UploadUpdate"].append(gate)
+    killed = Process(server, tmp_path / "device")
+    assert gate.reached.wait(60)
+    killed.process.send_signal(signal.SIGKILL)
+    killed.end()
+    gate.opened.set()
+    server.offer_end()
+
+    resumed = Process(server, tmp_path / "device")
+    names = [event["event"] for event in resumed.events()]
+
+    assert resumed.end() == 0
+    assert "RoundDone" in names
+    assert "Progress" not in names
+    assert_same(server.update(), undisturbed)
     assert len(server.reports) == 2
 
 

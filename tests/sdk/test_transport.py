@@ -405,6 +405,19 @@ def test_interrupt_ends_a_call_that_waits(server: Loopback, transport: GrpcTrans
     release.set()
 
 
+def test_interrupt_ends_a_download_that_hangs(server: Loopback, transport: GrpcTransport) -> None:
+    begun, release = threading.Event(), threading.Event()
+    server.spoil.append(lambda message: (begun.set(), release.wait(20), None)[2])  # type: ignore[func-returns-value]
+    interrupter = threading.Thread(target=lambda: (begun.wait(20), transport.interrupt()))
+    interrupter.start()
+
+    with pytest.raises(CancelledError):
+        list(transport.download(BLOB, 0))
+
+    interrupter.join()
+    release.set()
+
+
 def test_after_an_interrupt_no_call_starts_until_resumed(
     server: Loopback, transport: GrpcTransport
 ) -> None:

@@ -153,6 +153,7 @@ class BlobCache:
             if held > blob.size:
                 break  # the digest is wrong already; the disk need not see more
             file.write(chunk)
+            file.flush()  # what the system has, a kill of this process cannot take
             on_bytes(held)
         return digest.hexdigest(), held
 

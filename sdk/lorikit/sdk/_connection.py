@@ -122,7 +122,8 @@ class Connection:
         if error.retry_seconds is not None:
             # The server's own window comes first; jitter on top keeps devices apart.
             seconds += min(error.retry_seconds, self._retry.max_seconds)
-        logger.info("server out of reach (attempt=%d): %s", failures, error)
+        level = logging.WARNING if failures == 1 else logging.INFO
+        logger.log(level, "server out of reach, trying again (attempt=%d): %s", failures, error)
         self._emit(Disconnected(message=str(error), attempt=failures, retry_seconds=seconds))
         self.sleep(seconds)
 

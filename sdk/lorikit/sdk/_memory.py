@@ -52,30 +52,34 @@ def memory_use() -> MemoryUse:
 def limit_memory(limit_bytes: int) -> None:
     """Have the kernel refuse private writable memory beyond the limit, for good.
 
-    The limit counts what is *reserved*: heap, anonymous mappings, stacks of threads; memory-mapped
+    The kernel counts what is *reserved*: heap, anonymous mappings, stacks of threads; memory-mapped
     weights do not count, they are pages of a file. An allocation beyond it fails, which Python
-    and the runtimes turn into an exception instead of a kill. Threads reserve their whole stack,
-    so keep stacks small (see ``small_stacks``). Resident memory as a whole has no kernel limit for
-    a single process; a ``MemoryWatch`` bounds that.
+    and the runtimes turn into an exception instead of a kill. What is reserved but untouched when
+    this is called (tens of megabytes of stacks and buffers of libraries) is allowed on top; later
+    threads reserve their whole stack, so keep stacks small (see ``small_stacks``). Resident memory
+    as a whole has no kernel limit for a single process; a ``MemoryWatch`` bounds that.
 
     Raises:
-        OutOfMemoryError: The process has reserved more than that already.
+        OutOfMemoryError: The process takes about that much already.
         OSError: The system has no such limit.
     """
     if sys.platform == "win32":
         raise OSError(
             "Windows has no memory limit that a process sets for itself; use a job object"
         )
-    reserved = _proc_sizes(_STATUS.read_text()).get("VmData", 0) if _STATUS.exists() else 0
-    if reserved + _HEADROOM_BYTES > limit_bytes:
+    sizes = _proc_sizes(_STATUS.read_text()) if _STATUS.exists() else {}
+    resident = sizes.get("VmRSS", 0)
+    if resident + _HEADROOM_BYTES > limit_bytes:
         raise OutOfMemoryError(
-            f"the process has reserved {reserved} bytes before any work; a limit of {limit_bytes} "
-            f"bytes is too small, allow at least {reserved + _HEADROOM_BYTES}"
+            f"the process takes {resident} bytes before any work; a limit of {limit_bytes} bytes "
+            f"is too small, allow at least {resident + _HEADROOM_BYTES}"
         )
+    untouched = max(0, sizes.get("VmData", 0) - sizes.get("RssAnon", 0))
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    wanted = limit_bytes + untouched
     if hard != resource.RLIM_INFINITY:
-        limit_bytes = min(limit_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+        wanted = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted, wanted))
 
 
 def lacks_memory(error: Exception) -> bool:

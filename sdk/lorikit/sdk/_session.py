@@ -199,7 +199,7 @@ class Session:
         name = type(error).__name__
         self._feed.emit(Failed(task_id=task_id, error=name, message=str(error)))
         if not isinstance(error, RoundClosedError):
-            self._tell(task_id, name, _public(error))
+            self._tell(task_id, name, self._public(error))
 
     def _tell(self, task_id: str, error: str, message: str) -> None:
         """Report the failure; whether the server still knows the task does not matter."""
@@ -207,6 +207,12 @@ class Session:
             self._connection.call(lambda: self._transport.report_failure(task_id, error, message))
         except (RoundClosedError, ServerRefusedError) as refusal:
             logger.info("failure was not taken (task=%s): %s", task_id, refusal)
+
+    def _public(self, error: LorikitError) -> str:
+        """What the server may know of an error: nothing of local rows or folders."""
+        if isinstance(error, DataError):
+            return "local rows do not fit the task"
+        return str(error).replace(str(self._store.folder), "the store")[:_MESSAGE_LENGTH]
 
     def _finish(self, offer: Finished) -> None:
         self._store.keep_only(task_id=None, update_id=None)
@@ -223,10 +229,3 @@ class Session:
             )
         )
         self._feed.emit(AdapterReady(run_id=offer.run_id, digest=offer.adapter.digest))
-
-
-def _public(error: LorikitError) -> str:
-    """What the server may know of an error: never anything of a local row."""
-    if isinstance(error, DataError):
-        return "local rows do not fit the task"
-    return str(error)[:_MESSAGE_LENGTH]

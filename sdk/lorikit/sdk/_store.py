@@ -26,6 +26,7 @@ from lorikit.sdk._durable import (
     FolderLock,
     remove_temporaries,
     seal,
+    storage_errors,
     sync_folder,
     unseal,
     write_durably,
@@ -134,16 +135,18 @@ class Store:
 
         Raises:
             StoreBusyError: Another client uses it.
+            StorageFullError: The disk is full.
         """
         self.folder = Path(folder).expanduser()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FolderLock(self.folder)
-        remove_temporaries(self.folder)
-        self.blobs = BlobCache(self.folder / "blobs", max_bytes=max_bytes)
-        self.journal = Journal(self.folder / "journal")
-        self._updates = self.folder / "updates"
-        self._updates.mkdir(exist_ok=True)
-        remove_temporaries(self._updates)
+        with storage_errors("the store"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.folder)
+            remove_temporaries(self.folder)
+            self.blobs = BlobCache(self.folder / "blobs", max_bytes=max_bytes)
+            self.journal = Journal(self.folder / "journal")
+            self._updates = self.folder / "updates"
+            self._updates.mkdir(exist_ok=True)
+            remove_temporaries(self._updates)
 
     def identity(self) -> Identity:
         """This installation's identity; made at the first call."""

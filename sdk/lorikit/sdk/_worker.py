@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from lorikit.sdk._errors import (
     PackageError,
     PlanRefusedError,
     RoundClosedError,
+    StorageFullError,
 )
 from lorikit.sdk._events import (
     Event,
@@ -39,6 +41,8 @@ from lorikit.sdk._store import LastAdapter, PendingUpdate, Store
 from lorikit.sdk._transport import Task, Transport
 from lorikit.sdk.engines import open_engine
 from lorikit.sdk.engines.base import Engine
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +117,7 @@ class Worker:
         self._store.save_last_adapter(dataclasses.replace(last, blobs=digests))
 
     def abandon(self, task: Task) -> None:
-        """Forget what was done for a task whose result nobody wants."""
+        """Forget what was done for a task whose result the server has, or does not want."""
         self._store.journal.clear(task.task_id)
         self._store.clear_update(task.update_id)
 
@@ -155,9 +159,16 @@ class Worker:
             report=report,
             data=pack(outcome.bundle),
         )
-        self._store.save_update(update)
-        self._store.journal.clear(task.task_id)
+        self._keep(update)
         return update
+
+    def _keep(self, update: PendingUpdate) -> None:
+        """Let the update replace its journal on disk; where there is no room, the journal stays."""
+        try:
+            self._store.save_update(update)
+            self._store.journal.clear(update.task_id)
+        except StorageFullError as error:
+            logger.warning("update is sent without a copy on disk: %s", error)
 
     def _deliver(self, task: Task, update: PendingUpdate, heartbeat: Heartbeat) -> None:
         self._enter(State.UPLOADING, heartbeat)
@@ -190,7 +201,7 @@ class Worker:
             )
 
         self._connection.transfer(attempt, gained=lambda: held)
-        self._store.clear_update(task.update_id)
+        self.abandon(task)
         self._feed.emit(_done(task, update, sent))
 
     def _evaluate(self, task: Task, heartbeat: Heartbeat) -> None:
