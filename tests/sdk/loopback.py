@@ -50,7 +50,7 @@ def drop(status: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -> Fault:
 class Loopback(rpc.DeviceServiceServicer):
     """Hands out what ``offers`` holds, keeps updates, and obeys the faults queued per call."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, credentials: grpc.ServerCredentials | None = None) -> None:
         self.folder = folder
         self.chunk_bytes = 1000
         self.offers: list[pb.NextTaskResponse] = []
@@ -78,7 +78,10 @@ class Loopback(rpc.DeviceServiceServicer):
             options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)],
         )
         rpc.add_DeviceServiceServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        if credentials is None:
+            self.port = self._server.add_insecure_port("127.0.0.1:0")
+        else:
+            self.port = self._server.add_secure_port("127.0.0.1:0", credentials)
         self.address = f"127.0.0.1:{self.port}"
 
     def __enter__(self) -> Loopback:

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -437,3 +439,42 @@ def test_round_that_closed_says_so(server: Loopback, transport: GrpcTransport) -
 
     with pytest.raises(RoundClosedError):
         transport.heartbeat("t", "training", 0, 0)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[bytes, bytes]:
+    """Key and certificate of a server on 127.0.0.1, made for this test."""
+    if shutil.which("openssl") is None:
+        pytest.skip("making a certificate needs the openssl command")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-nodes", "-days", "2", "-subj", "/CN=lorikit", "-addext"),
+            *("subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return key.read_bytes(), certificate.read_bytes()
+
+
+def test_encrypted_connection_trusts_the_given_authority_only(
+    tmp_path: Path, certificate: tuple[bytes, bytes]
+) -> None:
+    (tmp_path / BLOB.digest).write_bytes(DATA)
+    with Loopback(tmp_path, grpc.ssl_server_credentials([certificate])) as server:
+        trusting = GrpcTransport(server.address, root_certificates=certificate[1])
+        trusting.identify("device", server.token)
+        assert b"".join(trusting.download(BLOB, 0)) == DATA
+        trusting.close()
+
+        for stranger in (
+            GrpcTransport(server.address),
+            GrpcTransport(server.address, insecure=True),
+        ):
+            with pytest.raises(ConnectionLostError):
+                stranger.enrol("installation", PROFILE, "")
+            stranger.close()
+
+    assert server.calls == {"DownloadBlob": 1}

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from tests.sdk.test_client import Federation
+
+from lorikit.sdk import __main__ as runner
+
+pytest.importorskip("onnxruntime", reason="the example trains on the onnx engine")
+
+PAGE = Path(__file__).parents[2] / "docs" / "sdk.md"
+
+
+def test_example_of_the_page_runs_as_it_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    folder = tmp_path / "server"
+    folder.mkdir()
+    with Federation(folder) as server:
+        server.offer_task()
+        server.offer_end()
+        code = example.replace("localhost:50051", server.address)
+        code = code.replace("~/.myapp/lorikit", str(tmp_path / "device"))
+
+        exec(compile(code, str(PAGE), "exec"), {})
+
+    out = capsys.readouterr().out
+    assert "step 12 of 12, loss" in out
+    assert "round 1 done, peak memory" in out
+    assert re.search(r"\[\('(ask|book|cancel)', 0\.\d+\)\]", out)
+    assert "'examples': 3.0" in out
+
+
+def test_page_and_help_name_every_exit_code() -> None:
+    page = {int(code) for code in re.findall(r"^\| (\d+) \|", PAGE.read_text(), re.MULTILINE)}
+    shown = {int(code) for code in re.findall(r"\b(\d+) (?=[a-z])", runner._EPILOG)}
+
+    assert page == shown == {int(code) for code in runner.ExitCode}
