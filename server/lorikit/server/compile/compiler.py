@@ -31,7 +31,7 @@ from lorikit.server.compile.package import (
 from lorikit.server.compile.tokens import Tokenizer
 from lorikit.server.compile.verify import check_predict_graph, check_train_graph, make_probe
 from lorikit.server.compile.weights import Base, frozen_weights, store_base
-from lorikit.server.errors import UnsupportedModelError
+from lorikit.server.errors import UnsupportedModelError, VerificationError
 from lorikit.server.methods.base import AdapterSpace
 from lorikit.server.planner.memory import process_peak
 from lorikit.server.store.blobs import FolderBlobs
@@ -74,7 +74,7 @@ class Compiler:
         self._say = progress or (lambda _: None)
         self._folder = Path(model_folder)
         self._task = task
-        self._blobs = blobs
+        self.blobs = blobs
         self._training_python = training_python
         self._lock = threading.RLock()
         self._bases: dict[str, Base] = {}
@@ -254,7 +254,7 @@ class Compiler:
                 self._tables,
                 self._model.architecture,
                 precision,
-                self._blobs.put,
+                self.blobs.put,
             )
         return self._bases[precision]
 
@@ -283,13 +283,13 @@ class Compiler:
         train = self._with_weights(variant)
         plain = prediction_graph(self._forward, self._model.architecture, variant, self.layer_count)
         predict, used = with_base(plain, base, variant.runtime)
-        train_blob = self._publish(train)
-        predict_blob = self._publish(predict)
-        self._say("verifying against torch + PEFT")
         probe = make_probe(self._model, base, variant.kept_layers, trained)
+        self._say("verifying against torch + PEFT")
         python = self._training_python if variant.runtime == "onnx-training" else None
-        worst = check_train_graph(self._blobs.path(train_blob.digest), probe, python)
-        check_predict_graph(self._blobs.path(predict_blob.digest), probe)
+        train_blob, worst = self._verified(
+            train, lambda path: check_train_graph(path, probe, python)
+        )
+        predict_blob, _ = self._verified(predict, lambda path: check_predict_graph(path, probe))
         blobs = {base.stored[name].blob for name in used}
         manifest = Manifest(
             model=self._folder.name,
@@ -309,8 +309,8 @@ class Compiler:
             weight_blobs=tuple(
                 ref for _, ref in sorted(base.layer_blobs.items()) if ref.digest in blobs
             ),
-            tokenizer=self._blobs.put(self._tokenizer.file_bytes),
-            probe=self._blobs.put(probe_bundle(probe, {t.name for t in adapter})),
+            tokenizer=self.blobs.put(self._tokenizer.file_bytes),
+            probe=self.blobs.put(probe_bundle(probe, {t.name for t in adapter})),
             facts={
                 "verified_relative_error": worst,
                 "nodes": float(len(train.nodes)),
@@ -319,10 +319,16 @@ class Compiler:
                 ),
             },
         )
-        return Package(manifest, self._blobs.put(dump(manifest)))
+        return Package(manifest, self.blobs.put(dump(manifest)))
 
-    def _publish(self, graph: Graph) -> BlobRef:
-        return self._blobs.put(to_onnx(graph).SerializeToString(deterministic=True))
+    def _verified(self, graph: Graph, check: Callable[[Path], float]) -> tuple[BlobRef, float]:
+        """Store a graph beside its weights and check it there; it does not stay if it fails."""
+        ref = self.blobs.put(to_onnx(graph).SerializeToString(deterministic=True))
+        try:
+            return ref, check(self.blobs.path(ref.digest))
+        except VerificationError:
+            self.blobs.remove(ref.digest)
+            raise
 
     def _evaluation_session(self, kept: tuple[int, ...]) -> onnxruntime.InferenceSession:
         with self._lock:
@@ -330,7 +336,7 @@ class Compiler:
                 package = self.package(
                     precision="fp32", lowest_trained_layer=self.layer_count, kept_layers=kept
                 )
-                path = self._blobs.path(package.manifest.graph("predict").blob.digest)
+                path = self.blobs.path(package.manifest.graph("predict").blob.digest)
                 options = onnxruntime.SessionOptions()
                 options.log_severity_level = 3
                 self._sessions[kept] = onnxruntime.InferenceSession(

@@ -47,7 +47,8 @@ def _stream(graph: Graph, architecture: Architecture, layer: int) -> tuple[str, 
     made = {output for node in inside for output in node.outputs}
     outputs = {port.name for port in graph.outputs}
     readers = [n for n in graph.nodes if architecture.layer_of(n.scope) != layer]
-    leaving = {name for node in readers for name in node.inputs if name in made} | (made & outputs)
+    read = {name for node in readers for name in node.inputs} | outputs
+    leaving = {name for name in made & read if _is_activation(graph, name)}
     if len(leaving) != 1:
         raise UnsupportedModelError(
             f"layer {layer} hands on {len(leaving)} values, a residual stream hands on one; "
@@ -70,3 +71,8 @@ def _stream(graph: Graph, architecture: Architecture, layer: int) -> tuple[str, 
             "sub-models are not possible for this architecture"
         )
     return entering[0], result
+
+
+def _is_activation(graph: Graph, name: str) -> bool:
+    """Whether a value is data; what is left are lengths, which layers compute once and share."""
+    return len(graph.shape(name)) > 1

@@ -28,6 +28,10 @@ from lorikit.server.errors import VerificationError
 TOLERANCE = 1e-4
 """Largest relative error, Frobenius norm of the difference over that of torch's."""
 
+RESOLUTION = 1e-5
+"""Gradients smaller than this share of the largest one are compared at its scale: float32 sums
+cannot resolve them, in torch no more than here."""
+
 RANK, SCALE = 3, 2.0
 
 Int64 = npt.NDArray[np.int64]
@@ -111,8 +115,10 @@ def check_train_graph(path: Path, probe: Probe, python: Path | None = None) -> f
     """
     results = run_graph(path, probe, python)
     errors = {"loss": abs(float(results["loss"]) - probe.loss) / max(abs(probe.loss), 1e-12)}
+    floor = RESOLUTION * max(float(np.linalg.norm(g)) for g in probe.gradients.values())
     for name, expected in probe.gradients.items():
-        errors[f"gradient of {name}"] = relative_error(results[f"{name}.grad"], expected)
+        error = relative_error(results[f"{name}.grad"], expected, floor=floor)
+        errors[f"gradient of {name}"] = error
     return _worst(errors)
 
 
@@ -159,12 +165,15 @@ def _run_elsewhere(
             return {name: arrays[name] for name in arrays.files}
 
 
-def relative_error(value: Float32, expected: Float32) -> float:
-    """Norm of the difference over that of the expected; infinite for NaN or another shape."""
+def relative_error(value: Float32, expected: Float32, *, floor: float = 1e-12) -> float:
+    """Norm of the difference over that of the expected, or over ``floor`` where that is larger.
+
+    Infinite for NaN and for another shape.
+    """
     if value.shape != expected.shape or not np.isfinite(value).all():
         return float("inf")
     scale = float(np.linalg.norm(expected))
-    return float(np.linalg.norm(value - expected)) / max(scale, 1e-12)
+    return float(np.linalg.norm(value - expected)) / max(scale, floor)
 
 
 def _worst(errors: Mapping[str, float]) -> float:
