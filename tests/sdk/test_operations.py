@@ -20,7 +20,7 @@ from lorikit.sdk._operations import (
 )
 from lorikit.sdk._operations._tail import tail_score, tail_start
 from lorikit.sdk._operations.base import Result, Work
-from lorikit.sdk._operations.class_sums import COUNTS, SUMS, ClassSums
+from lorikit.sdk._operations.class_sums import COUNTS, MOMENTS, SUMS, ClassSums
 from lorikit.sdk._operations.prune_tail import PruneTail
 from lorikit.sdk._operations.tail_penalty import TailPenalty
 from lorikit.sdk.engines import open_engine
@@ -187,6 +187,13 @@ def test_class_sums_add_the_features_of_each_class(tmp_path: Path) -> None:
     expected = np.stack([features[data.labels == label].sum(0) for label in range(3)])
     np.testing.assert_allclose(result.produced[SUMS], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(result.produced[COUNTS], [4, 4, 3])
+
+
+def test_class_sums_add_outer_products_where_asked(tmp_path: Path) -> None:
+    result, _, features = _class_sums(tmp_path, ClassSums(second_moments=True))
+
+    precise = features.astype(np.float64)
+    np.testing.assert_allclose(result.produced[MOMENTS], precise.T @ precise, rtol=1e-5)
 
 
 def test_class_sums_look_at_no_more_examples_than_asked(tmp_path: Path) -> None:

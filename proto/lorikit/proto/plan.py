@@ -29,7 +29,8 @@ OPERATIONS: Mapping[str, int] = {
 ``prune_tail`` (after training): drops the tail ranks if their score fell. Arguments: ``keep``
 (gamma), ``min_rank``.
 ``class_sums`` (after training, or alone): per-class sums of the head's input features and counts
-over the local data. Arguments: ``max_examples`` (0 for all).
+over the local data, and with ``second_moments`` the sum of their outer products. Arguments:
+``max_examples`` (0 for all), ``batch_size``, ``second_moments``.
 """
 
 

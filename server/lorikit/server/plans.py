@@ -20,9 +20,6 @@ from lorikit.server.config import RunConfig
 from lorikit.server.errors import CompileError
 from lorikit.server.methods.base import Assignment
 
-_STATISTICS = {"class_sums": ("statistics.class_sums", "statistics.class_counts")}
-"""Tensors that an operation after training produces, where they are not adapter tensors."""
-
 _NAME_BYTES = 256
 """Room for the name, the shape and the framing of a tensor in an update."""
 
@@ -125,7 +122,7 @@ def build_plan(
         inputs={"lora_scale": assignment.scale},
         phases=phases,
         operations=assignment.operations,
-        send=(*trained, *_statistics(assignment.operations)),
+        send=(*trained, *(name for o in assignment.operations for name in _statistics(o))),
         codec=config.codec if config.codec in profile.codecs else "fp32",
         max_length=config.max_length,
         seed=seed,
@@ -183,10 +180,8 @@ def expected_update(
     expected = {name: _expected(tensors[name], assignment) for name in plan.send if name in tensors}
     width = _head_width(tensors.values(), classes)
     for operation in plan.operations:
-        if operation.name == "class_sums":
-            sums, counts = _STATISTICS["class_sums"]
-            expected[sums] = ExpectedTensor(shape=(classes, width), is_statistic=True)
-            expected[counts] = ExpectedTensor(shape=(classes,), is_statistic=True)
+        shapes = _statistics(operation, classes=classes, width=width)
+        expected |= {n: ExpectedTensor(shape=s, is_statistic=True) for n, s in shapes.items()}
     return expected
 
 
@@ -237,8 +232,19 @@ def _operation(fields: Mapping[str, Any]) -> Operation:
     return Operation(name=fields["name"], version=fields["version"], arguments=arguments)
 
 
-def _statistics(operations: Iterable[Operation]) -> tuple[str, ...]:
-    return tuple(name for o in operations for name in _STATISTICS.get(o.name, ()))
+def _statistics(
+    operation: Operation, *, classes: int = 0, width: int = 0
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of what an operation after training produces beside the adapter, by name."""
+    if operation.name != "class_sums":
+        return {}
+    shapes: dict[str, tuple[int, ...]] = {
+        "statistics.class_sums": (classes, width),
+        "statistics.class_counts": (classes,),
+    }
+    if operation.arguments.get("second_moments"):
+        shapes["statistics.moments"] = (width, width)
+    return shapes
 
 
 def _expected(tensor: AdapterTensor, assignment: Assignment) -> ExpectedTensor:

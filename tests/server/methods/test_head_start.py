@@ -302,3 +302,42 @@ def test_a_state_without_a_head_start_is_just_a_state(
 
     assert not is_waiting(state)
     assert HeadStart(inner).assign(state, space, 3, [device("a")], RNG)[0].train
+
+
+def test_the_discriminant_rule_is_pooled_linear_discriminant_analysis(
+    rng: np.random.Generator,
+) -> None:
+    features, labels = clusters(rng)
+    features[:, 0] *= 20  # a direction that says nothing must not drown the others
+    sums, counts = sums_of(features, labels)
+    config = HeadStartConfig(rule="discriminant", scale=1.0, shrinkage=1e-6)
+
+    weight, bias = head_from_means(sums, counts, config, moments=features.T @ features)
+
+    means = sums / counts[:, None]
+    spread = features - means[labels]
+    inverse = np.linalg.inv(spread.T @ spread / len(labels))
+    distances = np.stack(
+        [np.einsum("nd,de,ne->n", features - m, inverse, features - m) for m in means]
+    )
+    logits = features @ weight.T + bias
+    # Up to a term common to all classes a logit is minus half the squared Mahalanobis distance.
+    differences = (logits[:, 1:] - logits[:, :1]) + (distances[1:] - distances[:1]).T / 2
+    np.testing.assert_allclose(differences, 0, atol=1e-2 * np.abs(distances).max())
+    assert (logits.argmax(axis=1) == labels).mean() > 0.99
+
+
+def test_the_discriminant_rule_asks_for_second_moments(
+    space: AdapterSpace, initial: Tensors, device: Devices
+) -> None:
+    method = HeadStart(build_method("fedit"), HeadStartConfig(rule="discriminant"))
+    state = method.start(space, initial)
+
+    (assignment,) = method.assign(state, space, 0, [device("a")], RNG)
+
+    assert assignment.operations[0].arguments["second_moments"] is True
+
+
+def test_the_discriminant_rule_refuses_to_guess_without_moments() -> None:
+    with pytest.raises(ValueError, match="second moments"):
+        head_from_means(np.ones((2, 3)), np.ones(2), HeadStartConfig(rule="discriminant"))
