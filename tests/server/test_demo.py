@@ -12,10 +12,10 @@ from lorikit.server.cli.operator_client import RunEvent
 from lorikit.server.config import RunConfig
 from lorikit.server.demo.baseline_task import BaselineTask
 from lorikit.server.demo.clinc150 import in_scope_rows
+from lorikit.server.demo.data import MARKER, DemoError, deal, first_of_each_intent, prepare_folder
 from lorikit.server.demo.devices import DeviceEvent, Supervised, device_command
 from lorikit.server.demo.live import Board
 from lorikit.server.demo.processes import peak_memory, resident_memory
-from lorikit.server.demo.run import MARKER, DemoError, deal, first_of_each_intent, prepare_folder
 from lorikit.server.demo.settings import CLASSES, demo_config, run_config, uniform_run_config
 from lorikit.server.demo.summary import closing_sentences, complete_report, peak_by_class
 

@@ -6,58 +6,31 @@ from __future__ import annotations
 import json
 import queue
 import shutil
-import subprocess
-import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from rich.console import Console
 
 from lorikit.server.cli.operator_client import Endpoint, OperatorClient, RunEvent
 from lorikit.server.config import RunConfig
-from lorikit.server.demo.baseline_task import BaselineTask
-from lorikit.server.demo.clinc150 import Row, in_scope_rows, intents
-from lorikit.server.demo.devices import Fleet, write_rows
+from lorikit.server.demo.comparison import Comparison
+from lorikit.server.demo.data import DemoError, lay_out
+from lorikit.server.demo.devices import Fleet
 from lorikit.server.demo.live import Board, shown
 from lorikit.server.demo.server_process import ServerProcess
-from lorikit.server.demo.settings import (
-    CONCENTRATION,
-    DemoConfig,
-    run_config,
-    uniform_run_config,
-)
-from lorikit.server.demo.split import dirichlet_split
+from lorikit.server.demo.settings import DemoConfig, uniform_run_config
 from lorikit.server.demo.summary import complete_report
-from lorikit.server.errors import LorikitError
 from lorikit.server.report_html import render
-
-MARKER = ".lorikit-demo"
-"""File that says that a folder holds a demo, so that the next demo may take its place."""
 
 _LOOK_SECONDS = 0.1
 _END_SECONDS = 30.0
 """How long devices get to notice that the run has ended."""
 
-TORCH_STEP_QUOTED: Mapping[str, Any] = {
-    "peak_memory_bytes": 555_000_000,
-    "label": "1 × 32 tokens, NF4",
-    "note": "one step of 1 × 32 tokens, NF4 base, measured on two x86-64 cores",
-    "measured": False,
-}
-"""What the torch stack takes where it is not measured anew."""
-
-
 _T = TypeVar("_T")
-
-
-class DemoError(LorikitError):
-    """The demo cannot go on; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,103 +61,29 @@ def run_demo(demo: DemoConfig, console: Console) -> DemoResult:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False)
 
-    prepare_folder(demo.folder)
-    train = first_of_each_intent(in_scope_rows("train"), demo.rows_per_intent)
-    test = in_scope_rows("test")
-    devices = demo.devices
-    for name, rows in zip(devices, deal(train, demo), strict=True):
-        write_rows(demo.folder / "devices" / name / "rows.jsonl", rows)
-    write_rows(demo.folder / "data" / "train.jsonl", train)
-    write_rows(demo.folder / "data" / "test.jsonl", test)
+    data = lay_out(demo)
     say(
-        f"{len(devices)} devices share {len(train):,} questions to a voice assistant (CLINC150); "
-        f"they will learn {len(intents(train))} intents with {demo.method}."
+        f"{len(demo.devices)} devices share {data.row_count:,} questions to a voice assistant "
+        f"(CLINC150); they will learn {len(data.config.labels)} intents with {demo.method}."
     )
-    config = run_config(
-        demo,
-        model=_named_model(demo),
-        labels=intents(train),
-        evaluation_data=demo.folder / "data" / "test.jsonl",
-    )
+    uniform = None
     with ServerProcess(demo.folder / "server") as server:
         say(f"Server listens on {server.address}; it compiles {demo.model_name} now.")
-        main = _federate(demo, config, server, console)
-        baselines: dict[str, Any] = {}
+        main = _federate(demo, data.config, server, console)
         if demo.with_baselines:
             say("Baseline: FedIT with the smallest rank on every device.")
-            uniform = _federate(demo, uniform_run_config(config), server, console)
-            baselines["uniform"] = _uniform_baseline(uniform.report, config.min_rank)
-    if demo.with_baselines:
-        say("Baselines: linear probe, and LoRA in one place (torch + PEFT).")
-        baselines = _central_baselines(demo, config, main.report) | baselines
+            uniform = _federate(demo, uniform_run_config(data.config), server, console).report
+    comparison = Comparison(demo, data, main.report)
     report = complete_report(
-        main.report,
-        devices=devices,
+        comparison.measured_in_full(say),
+        devices=demo.devices,
         names=main.names,
         supervised=main.fleet.supervised,
-        torch_step=_torch_step(demo, len(config.labels))
-        if demo.measures_torch
-        else TORCH_STEP_QUOTED,
-        baselines=baselines,
+        torch_step=comparison.torch_step(say),
+        baselines=comparison.baselines(uniform, say) if uniform else {},
     )
-    _write_results(demo.folder, config, report)
+    _write_results(demo.folder, data.config, report)
     return DemoResult(report=report, folder=demo.folder)
-
-
-def deal(rows: Sequence[Row], demo: DemoConfig) -> list[list[Row]]:
-    """The rows of each device, by domain in random proportions, in random order."""
-    parts = dirichlet_split(
-        [row["domain"] for row in rows],
-        devices=len(demo.devices),
-        concentration=CONCENTRATION,
-        seed=demo.seed,
-        smallest=2 * demo.batch_size,
-    )
-    rng = np.random.default_rng(demo.seed)
-    return [[rows[index] for index in rng.permutation(part)] for part in parts]
-
-
-def first_of_each_intent(rows: Sequence[Row], count: int) -> tuple[Row, ...]:
-    """The first rows of every intent, in their order; all rows if ``count`` is 0."""
-    taken: Counter[str] = Counter()
-    kept = []
-    for row in rows:
-        taken[row["intent"]] += 1
-        if not count or taken[row["intent"]] <= count:
-            kept.append(row)
-    return tuple(kept)
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make the folder, or empty it if it holds an earlier demo.
-
-    Raises:
-        DemoError: It holds something else.
-    """
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / MARKER).exists():
-            raise DemoError(
-                f"{folder} is not empty and holds no earlier demo; choose another --folder"
-            )
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()
-
-
-def _named_model(demo: DemoConfig) -> Path:
-    """The model's folder, under its name where the system has links."""
-    link = demo.folder / "data" / demo.model_name
-    try:
-        link.symlink_to(demo.model.absolute(), target_is_directory=True)
-    except (
-        OSError
-    ):  # Windows allows links to few users; the name in the report is then the folder's
-        return demo.model
-    return link
 
 
 def _federate(
@@ -253,65 +152,6 @@ def _drain(source: queue.Queue[_T]) -> list[_T]:
             found.append(source.get_nowait())
         except queue.Empty:
             return found
-
-
-def _uniform_baseline(report: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    entries = [entry for one in report["rounds"] for entry in one["devices"]]
-    return {
-        "name": f"FedIT, rank {rank} for all",
-        "metric": report["final_metric"],
-        "examples": sum(entry["examples"] for entry in entries if entry["trained_layers"]),
-        "seconds": report["seconds"],
-        "rounds": [one["metric"] for one in report["rounds"]],
-        "note": "the same devices, each with the rank of the smallest; plain averaging",
-    }
-
-
-def _central_baselines(
-    demo: DemoConfig, config: RunConfig, report: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Run the torch baselines in a process of their own."""
-    data = demo.folder / "data"
-    task = BaselineTask.like(
-        config,
-        report,
-        train=data / "train.jsonl",
-        test=data / "test.jsonl",
-        seconds=demo.baseline_seconds,
-    )
-    path = demo.folder / "baselines.json"
-    path.write_text(task.to_json(), encoding="utf-8")
-    return _json_program(demo, "lorikit.server.demo.baselines", str(path))
-
-
-def _torch_step(demo: DemoConfig, labels: int) -> dict[str, Any]:
-    """Measure what devices would need with torch, in a process of its own."""
-    cost = _json_program(
-        demo,
-        "lorikit.server.demo.torch_step",
-        str(demo.model),
-        *("--labels", str(labels), "--batch", "1", "--length", str(demo.max_length)),
-    )
-    label = f"1 × {demo.max_length} tokens, NF4"
-    note = f"one step of 1 × {demo.max_length} tokens, NF4 base, measured here"
-    return {**cost, "label": label, "note": note, "measured": True}
-
-
-def _json_program(demo: DemoConfig, module: str, *arguments: str) -> dict[str, Any]:
-    """What a program of ours prints, its own messages kept in a log."""
-    log = demo.folder / f"{module.rpartition('.')[2]}.log"
-    with log.open("w", encoding="utf-8") as errors:
-        done = subprocess.run(
-            (sys.executable, "-m", module, *arguments),
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            check=False,
-        )
-    if done.returncode:
-        raise DemoError(f"{module} ended with exit code {done.returncode}; see {log}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
 
 
 def _write_results(folder: Path, config: RunConfig, report: Mapping[str, Any]) -> None:

@@ -63,13 +63,13 @@ class DemoConfig:
     """Training rows of each intent that are dealt out; 0 for all 100."""
     head_start_examples: int = 500
     """Most examples a device looks at to start the head."""
-    evaluate_rows: int = 0
-    """Rows of the test set for each measurement; 0 for all 4,500."""
+    evaluate_rows: int = 1500
+    """Rows of the test set for the measurement after each round; 0 for all 4,500."""
     with_baselines: bool = False
     baseline_seconds: float = 600.0
     """Most time the centralised baseline may take."""
-    measures_torch: bool = True
-    """Whether the torch stack's memory is measured here, or quoted."""
+    is_quick: bool = False
+    """Whether what takes long after the run is left out."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "devices_per_class", "local_steps"):
@@ -160,6 +160,6 @@ def demo_config(
             rows_per_intent=20,
             evaluate_rows=500,
             baseline_seconds=20.0,
-            measures_torch=False,
+            is_quick=True,
         )
     return dataclasses.replace(common, rounds=rounds or common.rounds)
