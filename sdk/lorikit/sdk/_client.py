@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib
 import os
 import sys
 import threading
@@ -287,7 +285,6 @@ class Client:
             raise EngineUnavailableError(
                 f'engine {wanted!r} is not installed: pip install "lorikit[{wanted}]"'
             )
-        _load_runtime(engines[0].name)
         own = profile(
             memory_limit_bytes=self._limit,
             device_class=self._device_class,
@@ -296,22 +293,6 @@ class Client:
             speed_gflops=self._speed,
         )
         return dataclasses.replace(own, engines=engines)
-
-
-def _load_runtime(engine: str) -> None:
-    """Import what training will import, so that the profile's memory baseline has it in.
-
-    The server adds the needs of a package to that baseline. onnxruntime takes 18 MB on x86-64
-    Linux and tokenizers 3 MB; other builds differ, which only the device can know.
-    """
-    try:
-        importlib.import_module(f"lorikit.sdk.engines.{engine.replace('-', '_')}")
-    except ImportError as error:
-        raise EngineUnavailableError(
-            f'engine {engine!r} does not load ({error}): pip install "lorikit[{engine}]"'
-        ) from error
-    with contextlib.suppress(ImportError):  # needed for rows of text only; reported when met
-        importlib.import_module("lorikit.sdk._tokenizer")
 
 
 def _cores() -> int:
