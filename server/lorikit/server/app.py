@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Mapping
@@ -34,6 +35,7 @@ from lorikit.server.config import (
 from lorikit.server.downloads import Downloads
 from lorikit.server.errors import LorikitError, RequestError
 from lorikit.server.export import write_adapter
+from lorikit.server.failpoints import Failpoint
 from lorikit.server.gate import Gate
 from lorikit.server.methods import build_method
 from lorikit.server.methods.base import Method
@@ -101,6 +103,7 @@ class Coordinator:
         self._store = SqlStore(config.database_url)
         self._signals = Signals()
         self._offload = Offload()
+        self._failpoint = Failpoint(os.environ.get("LORIKIT_FAILPOINT", ""))
         self._board = TaskBoard(self._store, self._signals, self._offload, config)
         self._uploads = Uploads(
             private / "uploads",
@@ -110,6 +113,7 @@ class Coordinator:
             signals=self._signals,
             offload=self._offload,
             limits=config.limits,
+            reach=self._failpoint,
         )
         self.runs = Runs(
             config,
@@ -223,6 +227,7 @@ class Coordinator:
             signals=self._signals,
             offload=self._offload,
             server=self.config,
+            reach=self._failpoint,
         )
 
 

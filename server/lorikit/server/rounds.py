@@ -14,12 +14,14 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Concatenate, ParamSpec
 
 from sqlalchemy.exc import OperationalError
 
 from lorikit.proto.status import ErrorCode
 from lorikit.server.config import RunConfig, ServerConfig
 from lorikit.server.errors import LorikitError, RequestError
+from lorikit.server.failpoints import Reach, unreached
 from lorikit.server.methods.base import Participant
 from lorikit.server.offload import Offload
 from lorikit.server.report import write_report
@@ -34,6 +36,8 @@ from lorikit.server.work import RoundWork
 logger = logging.getLogger(__name__)
 
 _LONGEST_PAUSE = 60.0
+
+_P = ParamSpec("_P")
 
 
 class RoundFailedError(LorikitError):
@@ -56,6 +60,7 @@ class RunLoop:
         offload: Offload,
         server: ServerConfig,
         clock: Callable[[], float] = time.monotonic,
+        reach: Reach = unreached,
     ) -> None:
         """Bind the parts; ``open_work`` loads model, method and planner, and may take minutes."""
         self._run_id = run_id
@@ -68,6 +73,7 @@ class RunLoop:
         self._offload = offload
         self._server = server
         self._clock = clock
+        self._reach = reach
         self._key = run_key(run_id)
         self._started = clock()
         self._stop = ""
@@ -109,7 +115,9 @@ class RunLoop:
         self._stop = self._stop or run.stop
         if run.state is RunState.PREPARING:
             digest = await self._offload.work(work.first_state)
+            self._reach(f"storing.{RunState.RUNNING}")
             await self._offload.database(self._store.start_run, self._run_id, initial_digest=digest)
+            self._reach(f"run.{RunState.RUNNING}")
         try:
             for number in range(await self._first_open_round(), self._config.rounds):
                 await self._round(work, number)
@@ -124,7 +132,7 @@ class RunLoop:
         return sum(row.state is RoundState.CLOSED for row in rounds)
 
     async def _round(self, work: RoundWork, number: int) -> None:
-        row = await self._offload.database(self._store.open_round, self._run_id, number)
+        row = await self._enter(RoundState.ASSIGNING, self._store.open_round, number)
         steps = {
             RoundState.ASSIGNING: self._assign,
             RoundState.TRAINING: self._train,
@@ -154,8 +162,8 @@ class RunLoop:
 
     async def _start_training(self, row: RoundRow, tasks: list[TaskRow]) -> RoundRow:
         devices = [task.device_id for task in tasks]
-        after = await self._offload.database(
-            self._store.start_training, self._run_id, row.number, tasks
+        after = await self._enter(
+            RoundState.TRAINING, self._store.start_training, row.number, tasks
         )
         self._board.announce(devices)
         return after
@@ -173,8 +181,8 @@ class RunLoop:
             await self._signals.wait(self._key, seen, min(left, self._server.lease_seconds / 4))
         updates = await self._offload.database(self._store.updates, self._run_id, row.number)
         if len(updates) >= self._config.needed_updates:
-            return await self._offload.database(
-                self._store.start_aggregating, self._run_id, row.number
+            return await self._enter(
+                RoundState.AGGREGATING, self._store.start_aggregating, row.number
             )
         return await self._try_again(row, len(updates))
 
@@ -187,14 +195,14 @@ class RunLoop:
                 f"round {row.number} got {reason} in {row.attempt + 1} attempts; {causes}"
             )
         await self._pause(min(self._server.retry_seconds * 2**row.attempt, _LONGEST_PAUSE))
-        return await self._offload.database(
-            self._store.reassign, self._run_id, row.number, reason=reason
+        return await self._enter(
+            RoundState.ASSIGNING, self._store.reassign, row.number, reason=reason
         )
 
     async def _aggregate(self, work: RoundWork, row: RoundRow) -> RoundRow:
         digest = await self._offload.work(work.aggregate, row.number)
-        return await self._offload.database(
-            self._store.start_evaluating, self._run_id, row.number, state_digest=digest
+        return await self._enter(
+            RoundState.EVALUATING, self._store.start_evaluating, row.number, state_digest=digest
         )
 
     async def _evaluate(self, work: RoundWork, row: RoundRow) -> RoundRow:
@@ -205,13 +213,26 @@ class RunLoop:
         metrics, examples = None, 0
         if work.is_measured(row.number, is_last=is_last):
             metrics, examples = await self._offload.work(work.evaluate, row.number)
-        return await self._offload.database(
+        return await self._enter(
+            RoundState.CLOSED,
             self._store.close_round,
-            self._run_id,
             row.number,
             metrics=metrics,
             examples=examples,
         )
+
+    async def _enter(
+        self,
+        state: RoundState,
+        change: Callable[Concatenate[str, _P], RoundRow],
+        *args: _P.args,
+        **kwargs: _P.kwargs,
+    ) -> RoundRow:
+        """The round after a change that brings it into the state, or leaves it in a later one."""
+        self._reach(f"storing.{state}")
+        row = await self._offload.database(change, self._run_id, *args, **kwargs)
+        self._reach(f"round.{state}")
+        return row
 
     async def _evaluate_on_devices(self, work: RoundWork, row: RoundRow) -> None:
         tasks = await self._offload.work(work.evaluation_tasks, row.number)
@@ -237,7 +258,9 @@ class RunLoop:
         await self._write_report(work)
 
     async def _end(self, state: RunState, message: str) -> None:
+        self._reach(f"storing.{state}")
         await self._offload.database(self._store.end_run, self._run_id, state, message=message)
+        self._reach(f"run.{state}")
         await self._uploads.forget()
         self._signals.notify_all()
 

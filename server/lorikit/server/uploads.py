@@ -24,6 +24,7 @@ from lorikit.proto.manifest import is_digest
 from lorikit.proto.status import ErrorCode
 from lorikit.server.config import LimitsConfig, parse_run_config
 from lorikit.server.errors import RequestError
+from lorikit.server.failpoints import Reach, unreached
 from lorikit.server.offload import Offload
 from lorikit.server.plans import expected_from_json
 from lorikit.server.signals import Signals
@@ -75,6 +76,7 @@ class Uploads:
         signals: Signals,
         offload: Offload,
         limits: LimitsConfig,
+        reach: Reach = unreached,
     ) -> None:
         """Bind the parts; ``folder`` holds the partial files."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +87,7 @@ class Uploads:
         self._signals = signals
         self._offload = offload
         self._limits = limits
+        self._reach = reach
         self._active = 0
         self._writer: dict[str, object] = {}
 
@@ -191,6 +194,7 @@ class Uploads:
                 await self._reject(task, header, error)
             raise
         await self._offload.file(self._keep, header)
+        self._reach("update.kept")
         accepted = await self._offload.database(
             self._store.accept_update,
             task.id,
@@ -199,6 +203,7 @@ class Uploads:
             examples=examples,
             report=_plain(header.report),
         )
+        self._reach("update.accepted")
         self._writer.pop(task.id, None)
         self._signals.notify(run_key(task.run_id))
         return accepted
