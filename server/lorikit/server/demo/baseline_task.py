@@ -38,8 +38,9 @@ class BaselineTask:
     max_length: int
     examples: int
     """Examples the federation saw, all devices and rounds together, with repetition."""
-    head_start: bool
-    """Whether the head starts from class means of the frozen features."""
+    head_start: Mapping[str, Any] | None
+    """Options of the head start from the frozen features, see ``HeadStartConfig``; None for none.
+    The number of examples is left out: here all are in one place."""
     seconds: float
     """Most time the training may take; it ends early, and says so, when that is over."""
     seed: int
@@ -80,7 +81,7 @@ class BaselineTask:
             batch_size=config.batch_size,
             max_length=config.max_length,
             examples=sum(entry["examples"] for entry in trained),
-            head_start=config.head_start == "class-means",
+            head_start=_head_start(config),
             seconds=seconds,
             seed=config.seed,
         )
@@ -96,3 +97,10 @@ class BaselineTask:
         return cls(
             **{**fields, "labels": tuple(fields["labels"]), "targets": tuple(fields["targets"])}
         )
+
+
+def _head_start(config: RunConfig) -> Mapping[str, Any] | None:
+    if config.head_start == "none":
+        return None
+    options = config.head_start_options.items()
+    return {name: value for name, value in options if name != "max_examples"}

@@ -147,8 +147,8 @@ def centralised_baseline(
 ) -> dict[str, object]:
     """Accuracy of LoRA trained in one place on as many examples as the federation saw."""
     start = time.perf_counter()
-    if task.head_start:
-        _start_head(encoder, train, len(task.labels))
+    if task.head_start is not None:
+        _start_head(encoder, train, len(task.labels), HeadStartConfig(**task.head_start))
     lora = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=task.rank,
@@ -192,12 +192,14 @@ def read_rows(path: str, task: BaselineTask) -> LabelledTexts:
     return LabelledTexts(tuple(row[task.text_column] for row in rows), classes)
 
 
-def _start_head(encoder: EncoderClassifier, train: LabelledTexts, class_count: int) -> None:
-    features = encoder.features(train.texts)
+def _start_head(
+    encoder: EncoderClassifier, train: LabelledTexts, class_count: int, config: HeadStartConfig
+) -> None:
+    features = encoder.features(train.texts).astype(np.float64)
     counts = np.bincount(train.classes, minlength=class_count).astype(np.float64)
     sums = np.zeros((class_count, features.shape[1]))
     np.add.at(sums, train.classes, features)
-    weight, bias = head_from_means(sums, counts, HeadStartConfig())
+    weight, bias = head_from_means(sums, counts, config, moments=features.T @ features)
     head = encoder.model.classifier
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(weight))

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from lorikit.proto.plan import OptimizerConfig
 from lorikit.server.config import RunConfig
 
@@ -25,12 +27,19 @@ class DemoClass:
 
 
 CLASSES = (
-    DemoClass(name="sensor-256mb", memory_limit_bytes=256_000_000, speed_gflops=4.0),
-    DemoClass(name="phone-512mb", memory_limit_bytes=512_000_000, speed_gflops=12.0),
+    DemoClass(name="wearable-160mb", memory_limit_bytes=160_000_000, speed_gflops=8.0),
+    DemoClass(name="phone-512mb", memory_limit_bytes=512_000_000, speed_gflops=16.0),
     DemoClass(name="tablet-2gb", memory_limit_bytes=2_000_000_000, speed_gflops=30.0),
-    DemoClass(name="laptop-8gb", memory_limit_bytes=8_000_000_000, speed_gflops=80.0),
+    DemoClass(name="laptop-8gb", memory_limit_bytes=8_000_000_000, speed_gflops=60.0),
 )
 """The demo's classes, smallest first."""
+
+METHOD_OPTIONS: Mapping[str, dict[str, JsonValue]] = {
+    "hetlora": {"budget_exponent": 0.4},
+    "flexlora": {"budget_exponent": 0.4},
+}
+"""Options of methods that share ranks out by memory: in proportion to a power of the budget, since
+in proportion to the budget itself all but the largest class would train the smallest rank."""
 
 RUN_NAME = "demo"
 UNIFORM_RUN_NAME = "uniform"
@@ -50,15 +59,15 @@ class DemoConfig:
     folder: Path
     """Where everything goes."""
     method: str = "hetlora"
-    rounds: int = 8
+    rounds: int = 6
     seed: int = 0
     devices_per_class: int = 3
-    local_steps: int = 12
+    local_steps: int = 8
     batch_size: int = 32
     max_length: int = 32
-    max_rank: int = 8
-    min_rank: int = 2
-    learning_rate: float = 2e-3
+    max_rank: int = 16
+    min_rank: int = 4
+    learning_rate: float = 6e-3
     rows_per_intent: int = 0
     """Training rows of each intent that are dealt out; 0 for all 100."""
     head_start_examples: int = 500
@@ -101,11 +110,12 @@ def run_config(
         name=RUN_NAME,
         model=model.absolute(),
         method=demo.method,
+        method_options=METHOD_OPTIONS.get(demo.method, {}),
         labels=labels,
         label_column="intent",
         rounds=demo.rounds,
         min_devices=len(demo.devices),
-        deadline_seconds=240.0,
+        deadline_seconds=600.0,
         local_steps=demo.local_steps,
         batch_size=demo.batch_size,
         max_length=demo.max_length,
@@ -116,7 +126,7 @@ def run_config(
         evaluation_data=evaluation_data.absolute(),
         evaluate_rows=demo.evaluate_rows,
         head_start="class-means",
-        head_start_options={"max_examples": demo.head_start_examples},
+        head_start_options={"rule": "discriminant", "max_examples": demo.head_start_examples},
     )
 
 
