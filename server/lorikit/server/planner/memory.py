@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak resident memory of a device process, from what its graph needs.
 
-The constants were fitted to 16 measured processes (MiniLM; nf4, int8, fp16 and fp32; micro-batches
-1 and 8; 32 and 128 tokens; two threads; Linux x86-64, onnxruntime 1.31): the largest difference
-was 7.3 MB. ``docs/memory.md`` tells how to measure them again.
+The constants were fitted to measured device processes (MiniLM; nf4, int8, fp16 and fp32;
+micro-batches of 1 to 8; 32 and 128 tokens; ranks 1 to 16; Linux x86-64, onnxruntime 1.31);
+``docs/memory.md`` has the comparison.
 """
 
 from __future__ import annotations
 
-RUNTIME_BYTES = 46_000_000
+RUNTIME_BYTES = 40_000_000
 """The runtime's library and heap, the tokeniser and a session without nodes."""
 
 NODE_BYTES = 6_000
