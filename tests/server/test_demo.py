@@ -93,9 +93,9 @@ def test_short_form_takes_the_first_rows_of_each_intent():
 def test_device_command_declares_class_limit_and_speed(tmp_path):
     words = list(device_command("localhost:5", tmp_path, CLASSES[0]))
 
-    assert words[words.index("--memory-limit") + 1] == "256000000"
+    assert words[words.index("--memory-limit") + 1] == str(CLASSES[0].memory_limit_bytes)
     assert words[words.index("--device-class") + 1] == CLASSES[0].name
-    assert words[words.index("--speed-gflops") + 1] == "4.0"
+    assert words[words.index("--speed-gflops") + 1] == str(CLASSES[0].speed_gflops)
 
 
 def test_uniform_baseline_differs_in_method_and_rank_alone(tmp_path):
@@ -104,7 +104,7 @@ def test_uniform_baseline_differs_in_method_and_rank_alone(tmp_path):
     uniform = uniform_run_config(config)
 
     changed = {n for n, v in config.model_dump().items() if uniform.model_dump()[n] != v}
-    assert changed == {"name", "method", "max_rank"}
+    assert changed == {"name", "method", "method_options", "max_rank"}
     assert (uniform.method, uniform.max_rank) == ("fedit", config.min_rank)
 
 

@@ -112,6 +112,8 @@ class Fleet:
             end_process(device.process)
             device.reader.join(STOP_SECONDS)
             device.log.close()
+            if device.process.stdout is not None:
+                device.process.stdout.close()
         self._devices.clear()
 
     def _read(self, name: str, process: subprocess.Popen[str]) -> None:

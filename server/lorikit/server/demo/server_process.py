@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from lorikit.server.demo.devices import end_process
+from lorikit.server.demo.devices import STOP_SECONDS, end_process
 from lorikit.server.errors import LorikitError
 
 START_SECONDS = 120.0
@@ -51,7 +51,8 @@ class ServerProcess:
             text=True,
             start_new_session=True,  # Ctrl-C is the demo's to hand on, once
         )
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         try:
             self.address = self._listening()
         except BaseException:
@@ -94,7 +95,10 @@ class ServerProcess:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
         end_process(self._process)
+        self._reader.join(STOP_SECONDS)
         self._log.close()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
 
     def _last_words(self) -> str:
         lines = (self.folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()
