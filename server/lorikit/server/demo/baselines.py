@@ -126,11 +126,14 @@ def linear_probe(
 
 
 def probe_baseline(
-    task: BaselineTask, encoder: EncoderClassifier, train: LabelledTexts, test: LabelledTexts
+    task: BaselineTask,
+    encoder: EncoderClassifier,
+    features: Features,
+    train: LabelledTexts,
+    test: LabelledTexts,
 ) -> dict[str, object]:
-    """Accuracy of a linear head on the frozen encoder's features."""
+    """Accuracy of a linear head on the frozen encoder's features of the training texts."""
     start = time.perf_counter()
-    features = encoder.features(train.texts)
     weights, bias = linear_probe(features, train.classes, class_count=len(task.labels))
     guesses = (encoder.features(test.texts) @ weights.T + bias).argmax(axis=1)
     return {
@@ -143,12 +146,16 @@ def probe_baseline(
 
 
 def centralised_baseline(
-    task: BaselineTask, encoder: EncoderClassifier, train: LabelledTexts, test: LabelledTexts
+    task: BaselineTask,
+    encoder: EncoderClassifier,
+    features: Features,
+    train: LabelledTexts,
+    test: LabelledTexts,
 ) -> dict[str, object]:
     """Accuracy of LoRA trained in one place on as many examples as the federation saw."""
     start = time.perf_counter()
     if task.head_start is not None:
-        _start_head(encoder, train, len(task.labels), HeadStartConfig(**task.head_start))
+        _start_head(encoder, features, train.classes, HeadStartConfig(**task.head_start))
     lora = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=task.rank,
@@ -193,13 +200,15 @@ def read_rows(path: str, task: BaselineTask) -> LabelledTexts:
 
 
 def _start_head(
-    encoder: EncoderClassifier, train: LabelledTexts, class_count: int, config: HeadStartConfig
+    encoder: EncoderClassifier, features: Features, classes: Classes, config: HeadStartConfig
 ) -> None:
-    features = encoder.features(train.texts).astype(np.float64)
-    counts = np.bincount(train.classes, minlength=class_count).astype(np.float64)
-    sums = np.zeros((class_count, features.shape[1]))
-    np.add.at(sums, train.classes, features)
-    weight, bias = head_from_means(sums, counts, config, moments=features.T @ features)
+    """Start the head as the federation does, from all features at once."""
+    class_count = encoder.model.config.num_labels
+    exact = features.astype(np.float64)
+    counts = np.bincount(classes, minlength=class_count).astype(np.float64)
+    sums = np.zeros((class_count, exact.shape[1]))
+    np.add.at(sums, classes, exact)
+    weight, bias = head_from_means(sums, counts, config, moments=exact.T @ exact)
     head = encoder.model.classifier
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(weight))
@@ -239,9 +248,10 @@ def main() -> None:
     task = BaselineTask.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     train, test = read_rows(task.train, task), read_rows(task.test, task)
     encoder = EncoderClassifier(task)
+    features = encoder.features(train.texts)
     results = {
-        "linear_probe": probe_baseline(task, encoder, train, test),
-        "centralised": centralised_baseline(task, encoder, train, test),
+        "linear_probe": probe_baseline(task, encoder, features, train, test),
+        "centralised": centralised_baseline(task, encoder, features, train, test),
     }
     print(json.dumps(results))
 
