@@ -78,6 +78,9 @@ _OPTIONS = (
 )
 
 
+_BIND_SECONDS = 3.0
+
+
 class ServerError(LorikitError):
     """The server cannot start; the message says why and what to do."""
 
@@ -136,7 +139,7 @@ class Coordinator:
         """
         self._sweep()
         self._grpc = self._build_grpc()
-        self.port = self._listen(self._grpc)
+        self.port = await self._listen(self._grpc)
         resumed = await self.runs.resume()
         await self._grpc.start()
         for name in ("", *_SERVICES):
@@ -158,6 +161,7 @@ class Coordinator:
         self._board.stop()
         if self._grpc is not None:
             await self._grpc.stop(self.config.stop_seconds)
+            self._grpc = None  # its port is free when the last reference is gone
         await self.runs.close()
         await asyncio.to_thread(self._offload.close)
         self._store.close()
@@ -196,17 +200,26 @@ class Coordinator:
         reflection.enable_server_reflection(names, server)
         return server
 
-    def _listen(self, server: grpc.aio.Server) -> int:
-        address = self.config.address
-        try:
-            if self.config.tls_certificate is None or self.config.tls_key is None:
-                return server.add_insecure_port(address)
-            pair = (self.config.tls_key.read_bytes(), self.config.tls_certificate.read_bytes())
-            return server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
-        except (RuntimeError, OSError) as error:
-            raise ServerError(
-                f"cannot listen on {address!r}: {error}; is another server running there?"
-            ) from error
+    async def _listen(self, server: grpc.aio.Server) -> int:
+        """Take the port; one that a server just left is free again after a moment."""
+        end = asyncio.get_running_loop().time() + _BIND_SECONDS
+        while True:
+            try:
+                return self._add_port(server)
+            except (RuntimeError, OSError) as error:
+                if isinstance(error, OSError) or asyncio.get_running_loop().time() >= end:
+                    raise ServerError(
+                        f"cannot listen on {self.config.address!r}: {error}; is another server "
+                        "running there?"
+                    ) from error
+            await asyncio.sleep(0.1)
+
+    def _add_port(self, server: grpc.aio.Server) -> int:
+        config = self.config
+        if config.tls_certificate is None or config.tls_key is None:
+            return server.add_insecure_port(config.address)
+        pair = (config.tls_key.read_bytes(), config.tls_certificate.read_bytes())
+        return server.add_secure_port(config.address, grpc.ssl_server_credentials([pair]))
 
     def _open_loop(self, run: RunRow, config: RunConfig) -> RunLoop:
         return RunLoop(
@@ -267,10 +280,15 @@ class Server:
         """Listen, and go on with the runs that an earlier server left.
 
         Raises:
-            ServerError: The address cannot be listened on.
+            ServerError: The address cannot be listened on, or the server runs already.
         """
+        if self._thread is not None:
+            raise ServerError("server is running already; call stop() before start()")
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="lorikit-server")
+        # A program that ends without stop() loses nothing: every state is in the store.
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="lorikit-server", daemon=True
+        )
         self._thread.start()
         try:
             self._coordinator = self._call(self._start())
@@ -281,10 +299,12 @@ class Server:
 
     def stop(self) -> None:
         """Shut down; runs go on when a server is started on the same folder."""
-        if self._coordinator is not None:
-            self._call(self._coordinator.stop())
-            self._coordinator = None
-        self._end_thread()
+        coordinator, self._coordinator = self._coordinator, None
+        try:
+            if coordinator is not None:
+                self._call(coordinator.stop())
+        finally:
+            self._end_thread()
 
     def create_run(self, config: RunConfig) -> Summary:
         """Start a run; the same settings again give the run that exists."""
@@ -293,6 +313,10 @@ class Server:
     def summary(self, name_or_id: str) -> Summary:
         """Where a run stands."""
         return self._call(self._running.runs.summary(name_or_id))
+
+    def stop_run(self, name_or_id: str, *, at_once: bool = False) -> Summary:
+        """End a run after the round in progress, or at once."""
+        return self._call(self._running.runs.stop(name_or_id, at_once=at_once))
 
     def wait(self, name_or_id: str, *, timeout: float | None = None) -> Summary:
         """Wait until a run has ended; where it stands then.
@@ -303,7 +327,7 @@ class Server:
         return self._call(self._running.runs.ended(name_or_id), timeout)
 
     def __enter__(self) -> Self:
-        return self.start()
+        return self if self._thread is not None else self.start()
 
     def __exit__(
         self,
@@ -337,6 +361,7 @@ class Server:
 
     def _end_thread(self) -> None:
         if self._loop is not None and self._thread is not None:
+            self._call(self._loop.shutdown_default_executor())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()

@@ -74,7 +74,7 @@ class RunConfig(_Settings):
     """Rounds to run."""
 
     cohort_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the present devices that gets work in a round, never fewer than the minimum."""
+    """Share of the present devices that gets work in a round, never fewer than ``min_updates``."""
 
     min_devices: Annotated[int, Field(ge=1)] = 2
     """Devices that must be present and able before the first round starts."""

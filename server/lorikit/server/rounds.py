@@ -13,7 +13,6 @@ import errno
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Concatenate, ParamSpec
 
 from sqlalchemy.exc import OperationalError
@@ -145,7 +144,7 @@ class RunLoop:
         await self._uploads.forget()
         if not self._config.keep_updates:
             await self._offload.work(work.forget_updates, number)
-        await self._write_report(work)
+        await self._write_report()
 
     async def _assign(self, work: RoundWork, row: RoundRow) -> RoundRow:
         """Hand out work, as soon as enough devices are there that can do it."""
@@ -156,6 +155,7 @@ class RunLoop:
             open_tasks = await self._open_tasks(row)
             if len(devices) >= self._needed_devices(row) or (row.attempt and open_tasks):
                 tasks = await self._offload.work(work.assign, row, devices) if devices else []
+                self._board.announce(device.device_id for device in devices)
                 if tasks or open_tasks:
                     return await self._start_training(row, tasks)
             await self._signals.wait(self._key, seen, self._server.retry_seconds)
@@ -255,18 +255,18 @@ class RunLoop:
         finished = rounds == self._config.rounds
         message = "" if finished else f"stopped by the operator after {rounds} rounds"
         await self._end(RunState.FINISHED if finished else RunState.STOPPED, message)
-        await self._write_report(work)
 
     async def _end(self, state: RunState, message: str) -> None:
         self._reach(f"storing.{state}")
         await self._offload.database(self._store.end_run, self._run_id, state, message=message)
         self._reach(f"run.{state}")
         await self._uploads.forget()
+        await self._write_report()
         self._signals.notify_all()
 
-    async def _write_report(self, work: RoundWork) -> None:
-        path: Path = work.folder / "report.json"
-        await self._offload.work(write_report, path, self._store, self._run_id)
+    async def _write_report(self) -> None:
+        folder = self._server.run_folder(self._config.name)
+        await self._offload.work(write_report, folder, self._store, self._run_id)
         self._signals.notify(self._key)
 
     async def _candidates(self, work: RoundWork, row: RoundRow) -> list[Participant]:

@@ -297,13 +297,14 @@ class TaskBoard:
         for run in active:
             await self._join(run.id, device_id)
         memberships = await self._offload.database(self._store.memberships, device_id)
-        current = [member for member, run in memberships if run.state.is_active]
-        if current and all(member.refused_reason is not None for member in current):
-            return Refused(current[0].refused_reason or "", current[0].refused_remedy or "")
-        if current or not memberships:
+        if not memberships:
             return None
-        member, run = memberships[0]
-        return Ended(run, member)
+        current = [member for member, run in memberships if run.state.is_active]
+        last_member, last_run = memberships[0]
+        judged = current or [last_member]
+        if all(member.refused_reason is not None for member in judged):
+            return Refused(judged[0].refused_reason or "", judged[0].refused_remedy or "")
+        return None if current else Ended(last_run, last_member)
 
     async def _join(self, run_id: str, device_id: str) -> None:
         if (run_id, device_id) not in self._joined:

@@ -368,7 +368,7 @@ class RoundWork:
     def _cohort(self, row: RoundRow, participants: Sequence[Participant]) -> list[Participant]:
         """The devices that get work, by device id."""
         fraction = math.ceil(self.config.cohort_fraction * len(participants))
-        size = min(len(participants), max(fraction, self.config.min_devices))
+        size = min(len(participants), max(fraction, self.config.needed_updates))
         rng = np.random.default_rng(seed_of("cohort", self.config.seed, row.number, row.attempt))
         chosen = rng.choice(len(participants), size=size, replace=False)
         return [participants[index] for index in sorted(chosen)]

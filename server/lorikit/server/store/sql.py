@@ -194,7 +194,7 @@ class SqlStore:
             .order_by(MemberRow.device_id)
         )
         with self._begin() as session:
-            return [row._tuple() for row in session.execute(query)]
+            return [(row[0], row[1]) for row in session.execute(query)]
 
     def memberships(self, device_id: str) -> Sequence[tuple[MemberRow, RunRow]]:
         """The runs a device takes or took part in, the newest first."""
@@ -205,7 +205,7 @@ class SqlStore:
             .order_by(RunRow.created.desc(), RunRow.id)
         )
         with self._begin() as session:
-            return [row._tuple() for row in session.execute(query)]
+            return [(row[0], row[1]) for row in session.execute(query)]
 
     def refuse(self, run_id: str, device_id: str, *, reason: str, remedy: str) -> None:
         """Note that the device cannot take part as it is."""
