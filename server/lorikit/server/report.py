@@ -15,6 +15,9 @@ from lorikit.server.config import RunConfig
 from lorikit.server.store.sql import SqlStore
 from lorikit.server.store.tables import EvaluationRow, RoundRow, RunRow, TaskRow, UpdateRow
 
+REPORT_FILE = "report.json"
+"""Its name in the folder of a run."""
+
 
 def build_report(store: SqlStore, run_id: str) -> dict[str, Any]:
     """The report of a run so far, from the store alone."""
@@ -49,11 +52,19 @@ def build_report(store: SqlStore, run_id: str) -> dict[str, Any]:
     }
 
 
-def write_report(path: Path, store: SqlStore, run_id: str) -> None:
+def written_state(folder: Path) -> str | None:
+    """The run's state as the report in its folder has it; None without a report."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((folder / REPORT_FILE).read_bytes())["state"])
+    return None
+
+
+def write_report(folder: Path, store: SqlStore, run_id: str) -> None:
     """Write the report in one step: a reader sees the old file or the new one, never a half.
 
     Baselines that somebody added to the file stay.
     """
+    path = folder / REPORT_FILE
     report = build_report(store, run_id)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         report["baselines"] = json.loads(path.read_bytes())["baselines"]

@@ -17,7 +17,7 @@ from lorikit.proto.status import ErrorCode
 from lorikit.server.config import RunConfig, ServerConfig, parse_run_config
 from lorikit.server.errors import RequestError
 from lorikit.server.offload import Offload
-from lorikit.server.report import build_report
+from lorikit.server.report import build_report, write_report, written_state
 from lorikit.server.rounds import RunLoop
 from lorikit.server.signals import Signals
 from lorikit.server.states import RoundState, RunState
@@ -86,6 +86,7 @@ class Runs:
         active = await self._offload.database(self._store.runs, active_only=True)
         for run in active:
             self._start(run, parse_run_config(run.config))
+        await self._offload.database(self._complete_reports)
         return len(active)
 
     async def create(self, config: RunConfig) -> Summary:
@@ -134,7 +135,7 @@ class Runs:
         return report
 
     async def watch(self, name_or_id: str, from_sequence: int) -> AsyncIterator[EventRow]:
-        """Events of a run from a sequence number on, until the run has ended."""
+        """Events of a run from a sequence number on, until it has ended and its report is there."""
         run = await self._offload.database(self._store.run, name_or_id)
         following = from_sequence
         while True:
@@ -146,10 +147,14 @@ class Runs:
             for event in events:
                 yield event
                 following = event.sequence + 1
-            if not events and not state.is_active:
+            if not events and not state.is_active and self._is_idle(run.id):
                 return
             if not events:
                 await self._signals.wait(run_key(run.id), seen, _WATCH_SECONDS)
+
+    def _is_idle(self, run_id: str) -> bool:
+        """Whether nothing is done for the run any more."""
+        return run_id not in self._tasks or self._tasks[run_id].done()
 
     async def stop(self, name_or_id: str, *, at_once: bool) -> Summary:
         """End a run after the round in progress, or at once."""
@@ -187,6 +192,13 @@ class Runs:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def _complete_reports(self) -> None:
+        """Write the last report of runs whose end was the last thing a killed server stored."""
+        for run in self._store.runs():
+            folder = self._config.run_folder(run.name)
+            if not run.state.is_active and written_state(folder) != run.state:
+                write_report(folder, self._store, run.id)
 
     def _start(self, run: RunRow, config: RunConfig) -> None:
         loop = self._open_loop(run, config)
