@@ -229,7 +229,7 @@ def run_config(folder: Path, **changes: Any) -> RunConfig:
         "labels": LABELS,
         "rounds": 3,
         "min_devices": 3,
-        "min_updates": 2,
+        "min_updates": min(2, changes.get("min_devices", 3)),
         "deadline_seconds": 30.0,
         "max_rank": 4,
         "local_steps": 3,
