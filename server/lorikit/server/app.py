@@ -178,7 +178,13 @@ class Coordinator:
 
     def _build_grpc(self) -> grpc.aio.Server:
         server = grpc.aio.server(
-            interceptors=(Gate(self._board.authenticate, lambda: self._is_stopping),),
+            interceptors=(
+                Gate(
+                    self._board.authenticate,
+                    lambda: self._is_stopping,
+                    retry_seconds=self.config.limits.busy_retry_seconds,
+                ),
+            ),
             options=_OPTIONS,
             maximum_concurrent_rpcs=self.config.limits.max_calls,
         )

@@ -33,7 +33,7 @@ _OURS = "/lorikit.proto.v1."
 _DEVICE = f"{_OURS}DeviceService/"
 _ENROL = f"{_DEVICE}Enrol"
 _MAX_DETAIL = 1000
-_STOP_RETRY_SECONDS = 5.0
+_AT_LIMITS = (ErrorCode.SERVER_BUSY, ErrorCode.SERVER_STOPPING, ErrorCode.STORAGE_FULL)
 
 CALLER: ContextVar[str] = ContextVar("caller")
 """Device that makes the current call; set for every call of the device service but Enrol."""
@@ -49,10 +49,24 @@ Handler = Any
 class Gate(grpc.aio.ServerInterceptor):
     """Lets a call through to its handler, or turns it away with a code."""
 
-    def __init__(self, authenticate: Authenticate, is_stopping: Callable[[], bool]) -> None:
-        """Args are how devices are known, and whether the server is shutting down."""
+    def __init__(
+        self,
+        authenticate: Authenticate,
+        is_stopping: Callable[[], bool],
+        *,
+        retry_seconds: float = 5.0,
+    ) -> None:
+        """Bind the parts.
+
+        Args:
+            authenticate: How devices are known.
+            is_stopping: Whether the server is shutting down.
+            retry_seconds: When to come back to a server that is at its limits, unless the error
+                says so itself.
+        """
         self._authenticate = authenticate
         self._is_stopping = is_stopping
+        self._retry_seconds = retry_seconds
 
     async def intercept_service(
         self,
@@ -68,9 +82,9 @@ class Gate(grpc.aio.ServerInterceptor):
         try:
             _check_version(metadata)
             if self._is_stopping():
-                raise RequestError(ErrorCode.SERVER_STOPPING, retry_seconds=_STOP_RETRY_SECONDS)
+                raise RequestError(ErrorCode.SERVER_STOPPING)
         except RequestError as error:
-            return _refusing(handler, error)
+            return self._refusing(handler, error)
         return self._guarded(handler, method, metadata)
 
     async def _admit(self, method: str, metadata: Mapping[str, str | bytes]) -> None:
@@ -93,7 +107,7 @@ class Gate(grpc.aio.ServerInterceptor):
                 await self._admit(method, metadata)
                 return await (handler.stream_unary or handler.unary_unary)(request, context)
             except Exception as error:  # becomes a status, whatever it is
-                await _abort(context, method, error)
+                await self._abort(context, method, error)
 
         async def stream(request: object, context: Context) -> AsyncIterator[object]:
             try:
@@ -101,9 +115,38 @@ class Gate(grpc.aio.ServerInterceptor):
                 async for item in handler.unary_stream(request, context):
                     yield item
             except Exception as error:  # becomes a status, whatever it is
-                await _abort(context, method, error)
+                await self._abort(context, method, error)
 
         return _like(handler, answer, stream, handler.request_deserializer)
+
+    def _refusing(self, handler: Handler, error: RequestError) -> Handler:
+        """A handler that turns the call away without parsing what it carries."""
+
+        async def answer(_: object, context: Context) -> object:
+            await self._abort(context, "", error)
+
+        async def stream(_: object, context: Context) -> AsyncIterator[object]:
+            await self._abort(context, "", error)
+            yield  # makes this an asynchronous generator
+
+        return _like(handler, answer, stream, None)
+
+    async def _abort(self, context: Context, method: str, error: Exception) -> NoReturn:
+        refusal = as_request_error(error)
+        if refusal.code is ErrorCode.INTERNAL:
+            logger.error("call failed method=%s", method, exc_info=error)
+        else:
+            logger.debug("call refused method=%s: %s", method, refusal)
+        status = STATUS[refusal.code]
+        trailing = [(ERROR_METADATA, refusal.code.value)]
+        seconds = refusal.retry_seconds
+        if seconds is None and refusal.code in _AT_LIMITS:
+            seconds = self._retry_seconds
+        if seconds is not None:
+            trailing.append((RETRY_METADATA, f"{seconds:g}"))
+        details = f"{status.sentence} {refusal.detail}".strip()[:_MAX_DETAIL]
+        await context.abort(status.grpc_code, details, tuple(trailing))
+        raise AssertionError("abort returned")
 
 
 def _check_version(metadata: Mapping[str, str | bytes]) -> None:
@@ -113,19 +156,6 @@ def _check_version(metadata: Mapping[str, str | bytes]) -> None:
             ErrorCode.PROTOCOL_UNSUPPORTED,
             f"caller speaks version {given!r:.40}, this server speaks {PROTOCOL_VERSION}",
         )
-
-
-def _refusing(handler: Handler, error: RequestError) -> Handler:
-    """A handler that turns the call away without parsing what it carries."""
-
-    async def answer(_: object, context: Context) -> object:
-        await _abort(context, "", error)
-
-    async def stream(_: object, context: Context) -> AsyncIterator[object]:
-        await _abort(context, "", error)
-        yield  # makes this an asynchronous generator
-
-    return _like(handler, answer, stream, None)
 
 
 def _like(
@@ -143,27 +173,12 @@ def _like(
     return grpc.unary_unary_rpc_method_handler(answer, deserializer, serializer)
 
 
-async def _abort(context: Context, method: str, error: Exception) -> NoReturn:
-    refusal = as_request_error(error)
-    if refusal.code is ErrorCode.INTERNAL:
-        logger.error("call failed method=%s", method, exc_info=error)
-    else:
-        logger.debug("call refused method=%s: %s", method, refusal)
-    status = STATUS[refusal.code]
-    trailing = [(ERROR_METADATA, refusal.code.value)]
-    if refusal.retry_seconds is not None:
-        trailing.append((RETRY_METADATA, f"{refusal.retry_seconds:g}"))
-    details = f"{status.sentence} {refusal.detail}".strip()[:_MAX_DETAIL]
-    await context.abort(status.grpc_code, details, tuple(trailing))
-    raise AssertionError("abort returned")
-
-
 def as_request_error(error: Exception) -> RequestError:
     """The refusal that stands for any error; what nobody foresaw gets no details."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RequestError(ErrorCode.STORAGE_FULL, retry_seconds=_STOP_RETRY_SECONDS)
+        return RequestError(ErrorCode.STORAGE_FULL)
     if isinstance(error, OperationalError):
-        return RequestError(ErrorCode.SERVER_BUSY, retry_seconds=_STOP_RETRY_SECONDS)
+        return RequestError(ErrorCode.SERVER_BUSY)
     return RequestError(ErrorCode.INTERNAL)

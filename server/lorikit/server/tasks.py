@@ -165,9 +165,13 @@ class TaskBoard:
 
     def silence(self, device_id: str) -> float:
         """Seconds since the device was heard of, or since the server started."""
-        if self._waiting[device_id]:
+        if self.is_waiting(device_id):
             return 0.0
         return self._clock() - max(self._heard.get(device_id, self._started), self._started)
+
+    def is_waiting(self, device_id: str) -> bool:
+        """Whether the device has a call open that waits for work."""
+        return self._waiting[device_id] > 0
 
     def present(self) -> frozenset[str]:
         """Devices heard of since the start, and lately."""
