@@ -16,25 +16,23 @@ from lorikit.server.store.sql import SqlStore
 from lorikit.server.store.tables import TaskRow
 
 DIGEST = "a" * 64
-DEVICE_FIELDS = set(
-    [
-        "device",
-        "class",
-        "engine",
-        "precision",
-        "rank",
-        "trained_layers",
-        "kept_layers",
-        "micro_batch",
-        "peak_memory_bytes",
-        "predicted_peak_memory_bytes",
-        "seconds",
-        "bytes_up",
-        "bytes_down",
-        "examples",
-        "status",
-    ]
-)
+DEVICE_FIELDS = {
+    "device",
+    "class",
+    "engine",
+    "precision",
+    "rank",
+    "trained_layers",
+    "kept_layers",
+    "micro_batch",
+    "peak_memory_bytes",
+    "predicted_peak_memory_bytes",
+    "seconds",
+    "bytes_up",
+    "bytes_down",
+    "examples",
+    "status",
+}
 ROUND_FIELDS = {"round", "metric", "loss", "seconds", "bytes_up", "bytes_down", "devices"}
 RUN_FIELDS = {"method", "model", "task", "seed", "rounds", "baselines", "final_metric"}
 
