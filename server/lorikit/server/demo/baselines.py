@@ -111,7 +111,7 @@ def linear_probe(
     wanted = torch.from_numpy(classes)
     weights = torch.zeros(class_count, features.shape[1], requires_grad=True)
     bias = torch.zeros(class_count, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights, bias], max_iter=150, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weights, bias], max_iter=60, line_search_fn="strong_wolfe")
 
     def objective() -> torch.Tensor:
         optimizer.zero_grad()
