@@ -14,16 +14,18 @@ _R = TypeVar("_R")
 
 
 class Offload:
-    """Three queues: the database, files, and heavy work.
+    """Four queues: the database, files, checks of updates, and heavy work.
 
-    The database has one thread, so that its calls happen one after the other in the order they were
-    made. A call that was started is finished, even when the one who waits for it goes away.
+    The database has one thread, so that its calls happen one after the other in the order they
+    were made. So do checks, because each holds a whole update. A call that was started is
+    finished, even when the one who waits for it goes away.
     """
 
     def __init__(self, *, file_threads: int = 4, work_threads: int = 2) -> None:
         """Threads start when they are first needed."""
         self._database = ThreadPoolExecutor(1, thread_name_prefix="lorikit-database")
         self._files = ThreadPoolExecutor(file_threads, thread_name_prefix="lorikit-files")
+        self._checks = ThreadPoolExecutor(1, thread_name_prefix="lorikit-checks")
         self._work = ThreadPoolExecutor(work_threads, thread_name_prefix="lorikit-work")
 
     async def database(self, call: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -34,13 +36,17 @@ class Offload:
         """Run a short call that reads or writes a file."""
         return await _run(self._files, partial(call, *args, **kwargs))
 
+    async def check(self, call: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """Run a call that holds a whole update in memory."""
+        return await _run(self._checks, partial(call, *args, **kwargs))
+
     async def work(self, call: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Run a call that may take long."""
         return await _run(self._work, partial(call, *args, **kwargs))
 
     def close(self) -> None:
         """Wait for the calls that run; those that did not start are dropped."""
-        for executor in (self._work, self._files, self._database):
+        for executor in (self._work, self._checks, self._files, self._database):
             executor.shutdown(wait=True, cancel_futures=True)
 
 

@@ -113,6 +113,7 @@ class TaskBoard:
         self._clock = clock
         self._started = clock()
         self._heard: dict[str, float] = {}
+        self._returned: set[str] = set()
         self._waiting: Counter[str] = Counter()
         self._token_hashes: dict[str, str] = {}
         self._joined: set[tuple[str, str]] = set()
@@ -161,6 +162,9 @@ class TaskBoard:
 
     def touch(self, device_id: str) -> None:
         """Note that the device was heard of."""
+        known = device_id in self._heard
+        if not known or self.silence(device_id) > self._config.presence_seconds:
+            self._returned.add(device_id)
         self._heard[device_id] = self._clock()
 
     def silence(self, device_id: str) -> float:
@@ -191,6 +195,9 @@ class TaskBoard:
         wait = wait_seconds if math.isfinite(wait_seconds) else 0.0
         end = self._clock() + min(max(wait, 0.0), self._config.max_wait_seconds)
         key = device_key(device_id)
+        if device_id in self._returned:
+            self._returned.discard(device_id)
+            await self._notify_runs()
         self._waiting[device_id] += 1
         try:
             while True:
@@ -290,8 +297,12 @@ class TaskBoard:
         check_profile(profile)
         text = _profile_to_json(profile)
         if await self._offload.database(self._store.set_profile, device_id, text):
-            runs = await self._offload.database(self._store.runs, active_only=True)
-            self._signals.notify(*(run_key(run.id) for run in runs))
+            await self._notify_runs()
+
+    async def _notify_runs(self) -> None:
+        """Tell active runs that a device is there that was not, or has changed."""
+        runs = await self._offload.database(self._store.runs, active_only=True)
+        self._signals.notify(*(run_key(run.id) for run in runs))
 
     async def _answer(self, device_id: str) -> Answer | None:
         task = await self._offload.database(self._store.current_task, device_id)
@@ -314,7 +325,7 @@ class TaskBoard:
         if (run_id, device_id) not in self._joined:
             await self._offload.database(self._store.join, run_id, device_id)
             self._joined.add((run_id, device_id))
-        self._signals.notify(run_key(run_id))
+            self._signals.notify(run_key(run_id))
 
 
 def check_profile(profile: Profile) -> None:

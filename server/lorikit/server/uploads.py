@@ -188,7 +188,7 @@ class Uploads:
     async def _accept(self, task: TaskRow, header: Header) -> bool:
         """Check the whole and give it its receipt; False when it had one."""
         try:
-            examples = await self._offload.work(self._check, task, header)
+            examples = await self._offload.check(self._check, task, header)
         except RequestError as error:
             if error.code is ErrorCode.UPDATE_INVALID:
                 await self._reject(task, header, error)

@@ -50,7 +50,7 @@ from lorikit.server.plans import (
 )
 from lorikit.server.store.blobs import FolderBlobs
 from lorikit.server.store.sql import SqlStore
-from lorikit.server.store.tables import RoundRow, TaskRow, UpdateRow
+from lorikit.server.store.tables import DeviceRow, RoundRow, TaskRow, UpdateRow
 from lorikit.server.updates import read_update
 
 logger = logging.getLogger(__name__)
@@ -139,6 +139,10 @@ class RunParts:
     evaluation: EvaluationData | None = None
 
 
+_Facts = tuple[str, Mapping[str, float], float | None]
+"""What a participant follows from: profile, the method's memory, measured speed."""
+
+
 class RoundWork:
     """The blocking work of one run."""
 
@@ -172,6 +176,7 @@ class RoundWork:
         self._blobs = blobs
         self._private = private
         self._space = parts.source.space(config.max_rank)
+        self._participants: dict[str, tuple[_Facts, Participant]] = {}
 
     def first_state(self) -> str:
         """Digest of the method's state before the first round, stored."""
@@ -195,9 +200,9 @@ class RoundWork:
         for member, device in self._store.members(self._run_id):
             if device.id not in wanted or member.refused_reason is not None:
                 continue
-            profile = profile_from_json(device.profile)
+            local = dict(state.devices.get(device.id, {}))
             try:
-                fitting.append(self._participant(state, device.id, profile))
+                fitting.append(self._participant(device.id, device.profile, local))
             except DoesNotFitError as error:
                 self._refuse(device.id, error)
                 refused.append(device.id)
@@ -301,11 +306,10 @@ class RoundWork:
         for member, device in self._store.members(self._run_id):
             if member.refused_reason is not None:
                 continue
-            profile = profile_from_json(device.profile)
             try:
-                assignment, package = self._final(state, rounds, device.id, profile, last)
-            except DoesNotFitError as error:
-                logger.info("no final adapter for device=%s: %s", device.id, error)
+                assignment, package = self._final(state, rounds, device, last)
+            except LorikitError as error:  # the run has its result; one device goes without
+                logger.warning("no final adapter for device=%s: %s", device.id, error)
                 continue
             adapter = self._broadcast(state, assignment)
             self._store.set_result(
@@ -329,19 +333,26 @@ class RoundWork:
             raise LorikitError(f"run {self._run_id} has no state to go on from")
         return unpack_state(self._private.read(digest))
 
-    def _participant(self, state: State, device_id: str, profile: Profile) -> Participant:
+    def _participant(self, device_id: str, profile: str, local: Mapping[str, float]) -> Participant:
+        """The device as methods see it; reckoned anew only where something has changed."""
+        seconds = self._measured_speed(device_id) if self.config.use_measured_speed else None
+        facts = (profile, local, seconds)
+        known = self._participants.get(device_id)
+        if known is None or known[0] != facts:
+            reckoned = self._reckoned(device_id, profile_from_json(profile), local, seconds)
+            known = self._participants[device_id] = (facts, reckoned)
+        return known[1]
+
+    def _reckoned(
+        self, device_id: str, profile: Profile, local: Mapping[str, float], seconds: float | None
+    ) -> Participant:
         if profile.plan_version < PLAN_VERSION:
             raise DoesNotFitError(
                 f"The SDK reads plans up to version {profile.plan_version}, this server writes "
                 f"version {PLAN_VERSION}.",
                 "Update the SDK in the app.",
             )
-        return self.parts.planner.participant(
-            device_id,
-            profile,
-            state.devices.get(device_id, {}),
-            self._measured_speed(device_id) if self.config.use_measured_speed else None,
-        )
+        return self.parts.planner.participant(device_id, profile, local, seconds)
 
     def _measured_speed(self, device_id: str) -> float | None:
         """Mean seconds per optimiser step at full depth over the device's updates; None at first.
@@ -464,19 +475,20 @@ class RoundWork:
         self,
         state: State,
         rounds: int,
-        device_id: str,
-        profile: Profile,
+        device: DeviceRow,
         last: Mapping[str, TaskRow],
     ) -> tuple[Assignment, tuple[str, int]]:
         """Assignment and package (digest, size) a device ends with."""
-        task = last.get(device_id)
+        task = last.get(device.id)
         if task is not None:
             package = (task.package_digest, task.package_size)
             return assignment_from_json(task.assignment), package
-        participant = self._participant(state, device_id, profile)
-        rng = np.random.default_rng(seed_of("final", self.config.seed, device_id))
+        local = dict(state.devices.get(device.id, {}))
+        participant = self._participant(device.id, device.profile, local)
+        rng = np.random.default_rng(seed_of("final", self.config.seed, device.id))
         (assignment,) = self.parts.method.assign(state, self._space, rounds, [participant], rng)
-        made = self._package(assignment, self.parts.planner.choose(profile, assignment))
+        choice = self.parts.planner.choose(profile_from_json(device.profile), assignment)
+        made = self._package(assignment, choice)
         return assignment, (made.ref.digest, made.ref.size)
 
 

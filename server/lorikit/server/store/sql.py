@@ -9,228 +9,46 @@ step that a crash repeats either happens once or finds that it has happened.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, func, inspect, or_, select
-from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.orm import Session, sessionmaker
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from lorikit.proto.status import ErrorCode
-from lorikit.server.errors import LorikitError, RequestError
+from lorikit.server.errors import RequestError
 from lorikit.server.states import (
     ROUND_TRANSITIONS,
-    RUN_TRANSITIONS,
     TASK_TRANSITIONS,
     RoundState,
     RunState,
     TaskState,
     check,
 )
+from lorikit.server.store.database import document
+from lorikit.server.store.runs import RunStore, find_run
 from lorikit.server.store.tables import (
-    SCHEMA_VERSION,
-    DeviceRow,
     EvaluationRow,
-    EventRow,
-    MemberRow,
-    MetaRow,
     RoundRow,
     RunRow,
-    Table,
     TaskRow,
     UpdateRow,
 )
 
-_ACTIVE = tuple(state for state in RunState if state.is_active)
 
-
-class StoreError(LorikitError):
-    """The database cannot be used; the message says why and what to do."""
-
-
-class SqlStore:
+class SqlStore(RunStore):
     """Runs, devices, rounds, tasks, updates and events; safe for several threads."""
-
-    def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
-        """Open the database and make its tables where there are none.
-
-        Args:
-            url: SQLAlchemy URL.
-            clock: Seconds since the epoch, for the times in the tables.
-
-        Raises:
-            StoreError: The tables are of another version.
-        """
-        self._clock = clock
-        self._engine = _engine(url)
-        self._begin = sessionmaker(self._engine, expire_on_commit=False).begin
-        self._open()
-
-    def close(self) -> None:
-        """Let go of the database."""
-        self._engine.dispose()
-
-    def create_run(self, run_id: str, name: str, config: str) -> RunRow:
-        """A new run, or the one that has that name and the same settings.
-
-        Raises:
-            RequestError: RUN_EXISTS when the name is taken by a run with other settings.
-        """
-        with self._begin() as session:
-            known = session.scalar(select(RunRow).where(RunRow.name == name))
-            if known is None:
-                run = RunRow(id=run_id, name=name, config=config, created=self._clock())
-                session.add(run)
-                session.flush()
-                self._tell(session, run_id, "state", state=run.state, name=name)
-                return run
-            if known.config != config:
-                raise RequestError(ErrorCode.RUN_EXISTS, f"run {name!r} has other settings")
-            return known
-
-    def run(self, name_or_id: str) -> RunRow:
-        """One run; raises ``RequestError`` RUN_UNKNOWN."""
-        with self._begin() as session:
-            return _run(session, name_or_id)
-
-    def runs(self, *, active_only: bool = False) -> Sequence[RunRow]:
-        """Runs in the order of their creation."""
-        query = select(RunRow).order_by(RunRow.created, RunRow.id)
-        if active_only:
-            query = query.where(RunRow.state.in_(_ACTIVE))
-        with self._begin() as session:
-            return session.scalars(query).all()
-
-    def start_run(self, run_id: str, *, initial_digest: str) -> None:
-        """From preparing to running, with the method's first state."""
-        with self._begin() as session:
-            run = _run(session, run_id)
-            run.initial_digest = initial_digest
-            self._move_run(session, run, RunState.RUNNING)
 
     def end_run(self, run_id: str, state: RunState, *, message: str = "") -> None:
         """To finished, stopped or failed; open rounds are abandoned and open tasks void."""
         with self._begin() as session:
-            run = _run(session, run_id)
+            run = find_run(session, run_id)
             run.message, run.ended = message, self._clock()
             for row in session.scalars(select(RoundRow).where(RoundRow.run_id == run.id)).all():
                 if RoundState.ABANDONED in ROUND_TRANSITIONS[row.state]:
                     self._move_round(session, row, RoundState.ABANDONED)
             self._expire_tasks(session, run.id)
             self._move_run(session, run, state, message=message)
-
-    def request_stop(self, name_or_id: str, *, at_once: bool) -> RunRow:
-        """Note that the run is to end; nothing for a run that has ended."""
-        with self._begin() as session:
-            run = _run(session, name_or_id)
-            if run.state.is_active and run.stop != "at-once":
-                run.stop = "at-once" if at_once else "after-round"
-                self._tell(session, run.id, "state", state=run.state, stop=run.stop)
-            return run
-
-    def enrol(
-        self,
-        device_id: str,
-        *,
-        installation_id: str,
-        token_hash: str,
-        profile: str,
-        max_devices: int,
-    ) -> DeviceRow:
-        """The device of that installation, made where it is new, with a new secret.
-
-        Raises:
-            RequestError: SERVER_BUSY when ``max_devices`` are enrolled already.
-        """
-        with self._begin() as session:
-            query = select(DeviceRow).where(DeviceRow.installation_id == installation_id)
-            device = session.scalar(query)
-            if device is None:
-                if (session.scalar(select(func.count(DeviceRow.id))) or 0) >= max_devices:
-                    raise RequestError(ErrorCode.SERVER_BUSY, f"{max_devices} devices enrolled")
-                device = DeviceRow(
-                    id=device_id,
-                    installation_id=installation_id,
-                    token_hash=token_hash,
-                    profile=profile,
-                    enrolled=self._clock(),
-                )
-                session.add(device)
-                return device
-            device.token_hash = token_hash
-            self._set_profile(session, device, profile)
-            return device
-
-    def device(self, device_id: str) -> DeviceRow | None:
-        """One device, or None."""
-        with self._begin() as session:
-            return session.get(DeviceRow, device_id)
-
-    def set_profile(self, device_id: str, profile: str) -> bool:
-        """Note a fresh profile; whether it differs. A refused device is considered again."""
-        with self._begin() as session:
-            return self._set_profile(session, session.get_one(DeviceRow, device_id), profile)
-
-    def join(self, run_id: str, device_id: str) -> bool:
-        """Note that the device takes part in the run; False when it did already."""
-        with self._begin() as session:
-            if session.get(MemberRow, (run_id, device_id)) is not None:
-                return False
-            session.add(MemberRow(run_id=run_id, device_id=device_id, joined=self._clock()))
-            device = session.get_one(DeviceRow, device_id)
-            device_class = json.loads(device.profile).get("device_class", "")
-            facts = {"device": device_id, "class": device_class, "state": "joined"}
-            self._tell(session, run_id, "device", **facts)
-            return True
-
-    def members(self, run_id: str) -> Sequence[tuple[MemberRow, DeviceRow]]:
-        """Who takes part in a run, by device id."""
-        query = (
-            select(MemberRow, DeviceRow)
-            .join(DeviceRow, DeviceRow.id == MemberRow.device_id)
-            .where(MemberRow.run_id == run_id)
-            .order_by(MemberRow.device_id)
-        )
-        with self._begin() as session:
-            return [(row[0], row[1]) for row in session.execute(query)]
-
-    def memberships(self, device_id: str) -> Sequence[tuple[MemberRow, RunRow]]:
-        """The runs a device takes or took part in, the newest first."""
-        query = (
-            select(MemberRow, RunRow)
-            .join(RunRow, RunRow.id == MemberRow.run_id)
-            .where(MemberRow.device_id == device_id)
-            .order_by(RunRow.created.desc(), RunRow.id)
-        )
-        with self._begin() as session:
-            return [(row[0], row[1]) for row in session.execute(query)]
-
-    def refuse(self, run_id: str, device_id: str, *, reason: str, remedy: str) -> None:
-        """Note that the device cannot take part as it is."""
-        with self._begin() as session:
-            member = session.get_one(MemberRow, (run_id, device_id))
-            member.refused_reason, member.refused_remedy = reason, remedy
-            facts = {"device": device_id, "state": "refused", "reason": reason, "remedy": remedy}
-            self._tell(session, run_id, "device", **facts)
-
-    def set_result(
-        self,
-        run_id: str,
-        device_id: str,
-        *,
-        package: tuple[str, int],
-        adapter: tuple[str, int],
-        inputs: Mapping[str, float],
-        max_length: int,
-    ) -> None:
-        """Note what the device gets at the end: digest and size of package and adapter."""
-        with self._begin() as session:
-            member = session.get_one(MemberRow, (run_id, device_id))
-            member.package_digest, member.package_size = package
-            member.adapter_digest, member.adapter_size = adapter
-            member.inputs, member.max_length = _document(inputs), max_length
 
     def open_round(self, run_id: str, number: int) -> RoundRow:
         """The round of that number, made where it is new."""
@@ -259,7 +77,9 @@ class SqlStore:
         """From assigning to training: all tasks appear at once."""
         with self._begin() as session:
             row = session.get_one(RoundRow, (run_id, number))
-            count = self._add_tasks(session, tasks)
+            # A late update may have come while the work was being handed out anew.
+            done = {update.device_id for update in _updates(session, run_id, number)}
+            count = self._add_tasks(session, (t for t in tasks if t.device_id not in done))
             self._move_round(session, row, RoundState.TRAINING, tasks=count)
             return row
 
@@ -424,7 +244,7 @@ class SqlStore:
                     digest=digest,
                     size=size,
                     examples=examples,
-                    report=_document(report),
+                    report=document(report),
                     received=self._clock(),
                 )
             )
@@ -461,22 +281,6 @@ class SqlStore:
         with self._begin() as session:
             return session.scalars(query).all()
 
-    def add_event(self, run_id: str, kind: str, **facts: object) -> None:
-        """Note something that is no change of state."""
-        with self._begin() as session:
-            self._tell(session, run_id, kind, **facts)
-
-    def events(self, run_id: str, *, from_sequence: int = 0, limit: int = 500) -> list[EventRow]:
-        """Events of a run in order, at most ``limit``."""
-        query = (
-            select(EventRow)
-            .where(EventRow.run_id == run_id, EventRow.sequence >= from_sequence)
-            .order_by(EventRow.sequence)
-            .limit(limit)
-        )
-        with self._begin() as session:
-            return list(session.scalars(query))
-
     def referenced_digests(self) -> frozenset[str]:
         """States and updates that a run in progress, or the last word of a run, still needs."""
         with self._begin() as session:
@@ -492,31 +296,6 @@ class SqlStore:
             )
             digests |= set(session.scalars(open_rounds))
         return frozenset(digest for digest in digests if digest)
-
-    def _open(self) -> None:
-        if not inspect(self._engine).has_table(MetaRow.__tablename__):
-            Table.metadata.create_all(self._engine)
-            with self._begin() as session:
-                session.add(MetaRow(name="schema_version", value=str(SCHEMA_VERSION)))
-        with self._begin() as session:
-            row = session.get(MetaRow, "schema_version")
-        found = row.value if row else "none"
-        if found != str(SCHEMA_VERSION):
-            raise StoreError(
-                f"database has tables of version {found}, this server reads {SCHEMA_VERSION}; "
-                "start the server version that wrote it, or give another database"
-            )
-
-    def _set_profile(self, session: Session, device: DeviceRow, profile: str) -> bool:
-        if device.profile == profile:
-            return False
-        device.profile = profile
-        refused = select(MemberRow).where(
-            MemberRow.device_id == device.id, MemberRow.refused_reason.is_not(None)
-        )
-        for member in session.scalars(refused):
-            member.refused_reason = member.refused_remedy = None
-        return True
 
     def _add_tasks(self, session: Session, tasks: Iterable[TaskRow]) -> int:
         count = 0
@@ -543,7 +322,7 @@ class SqlStore:
             run_id=run_id,
             round=number,
             source=source,
-            metrics=_document(metrics),
+            metrics=document(metrics),
             examples=examples,
         )
         session.merge(row)
@@ -566,11 +345,6 @@ class SqlStore:
         for task in session.scalars(query).all():
             task.message = "the round went on without this device"
             self._move_task(session, task, TaskState.EXPIRED)
-
-    def _move_run(self, session: Session, run: RunRow, after: RunState, **facts: object) -> None:
-        check(RUN_TRANSITIONS, run.state, after)
-        run.state = after
-        self._tell(session, run.id, "state", state=after, **facts)
 
     def _move_round(
         self, session: Session, row: RoundRow, after: RoundState, **facts: object
@@ -608,27 +382,6 @@ class SqlStore:
             **facts,
         )
 
-    def _tell(self, session: Session, run_id: str, kind: str, **facts: object) -> None:
-        last = session.scalar(select(func.max(EventRow.sequence)).where(EventRow.run_id == run_id))
-        session.add(
-            EventRow(
-                run_id=run_id,
-                sequence=(last or 0) + 1,
-                time=self._clock(),
-                kind=kind,
-                facts=_document(facts),
-            )
-        )
-        session.flush()
-
-
-def _run(session: Session, name_or_id: str) -> RunRow:
-    query = select(RunRow).where(or_(RunRow.id == name_or_id, RunRow.name == name_or_id))
-    run = session.scalar(query)
-    if run is None:
-        raise RequestError(ErrorCode.RUN_UNKNOWN, f"no run {name_or_id[:80]!r}")
-    return run
-
 
 def _updates(session: Session, run_id: str, number: int) -> Sequence[UpdateRow]:
     query = (
@@ -658,32 +411,3 @@ def _is_wanted(session: Session, task: TaskRow) -> bool:
         UpdateRow.device_id == task.device_id,
     )
     return session.scalar(counted) is None
-
-
-def _document(facts: Mapping[str, Any]) -> str:
-    return json.dumps(facts, sort_keys=True, separators=(",", ":"))
-
-
-def _engine(url: str) -> Engine:
-    engine = create_engine(url)
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _prepare_sqlite)
-        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(_BEGIN))
-    return engine
-
-
-_BEGIN = "BEGIN IMMEDIATE"
-"""Take the write lock at the start, so that no transaction fails half-way for want of it."""
-
-
-def _prepare_sqlite(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
-    connection.isolation_level = None  # the "begin" event below starts transactions
-    cursor = connection.cursor()
-    for pragma in (
-        "journal_mode=WAL",
-        "synchronous=FULL",
-        "foreign_keys=ON",
-        "busy_timeout=10000",
-    ):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
