@@ -124,8 +124,16 @@ class Process:
         self._close()
         return code
 
-    def signal(self, number: signal.Signals) -> None:
-        self.popen.send_signal(number)
+    def stop(self) -> None:
+        """SIGSTOP: it stands still, its connections stay open."""
+        self.popen.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.popen.send_signal(signal.SIGCONT)
+
+    def terminate(self) -> None:
+        """SIGTERM: it may end in good order."""
+        self.popen.send_signal(signal.SIGTERM)
 
     def text(self) -> str:
         """What it wrote to its error stream, over all its lives."""
