@@ -319,6 +319,42 @@ def test_update_after_the_deadline_is_refused(server, devices, tmp_path):
     assert not slow.heartbeat(slow_task).go_on
 
 
+def test_late_update_completes_a_round_that_waits_for_devices(tmp_path):
+    config = server_config(tmp_path / "runs", lease_seconds=0.5)
+    with start_server(config) as server:
+        server.create_run(run_config(tmp_path, rounds=1, min_devices=2, min_updates=2))
+        quick, slow = (Device(server.address, f"installation-{n}").enrol() for n in range(2))
+        quick.next_task(0.0), slow.next_task(0.0)
+        task = slow.task()
+        update = slow.update(task)
+        quick.work(quick.task())
+        store = server._coordinator._store
+        run_id = server.summary("test").run_id
+        eventually(lambda: store.round(run_id, 0).attempt == 1)
+        slow.upload(task, update)
+
+        assert server.wait("test", timeout=SECONDS).state is RunState.FINISHED
+        assert [t.id for t in store.tasks(run_id, 0) if t.device_id == slow.device_id] == [
+            task.task_id
+        ]
+        quick.close(), slow.close()
+
+
+def test_silent_device_that_comes_back_finds_its_task(tmp_path):
+    config = server_config(tmp_path / "runs", lease_seconds=0.5)
+    with start_server(config) as server:
+        server.create_run(run_config(tmp_path, rounds=1, min_devices=1))
+        device = Device(server.address).enrol()
+        task = device.task()
+        store = server._coordinator._store
+        eventually(lambda: store.round(task.run_id, 0).state is RoundState.ASSIGNING)
+
+        assert device.task() == task
+        device.work(task)
+        assert server.wait("test", timeout=SECONDS).state is RunState.FINISHED
+        device.close()
+
+
 def test_work_is_handed_out_anew_when_too_few_updates_come(server, devices, tmp_path):
     server.create_run(run_config(tmp_path, rounds=1, min_devices=2, min_updates=2))
     good, bad = devices(2)

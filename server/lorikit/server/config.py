@@ -253,7 +253,7 @@ class ServerConfig(_Settings):
     """How long a task stays with a device that is not heard of."""
 
     presence_seconds: Annotated[float, Field(gt=0)] = 120.0
-    """How long a device counts as present after its last call."""
+    """How long a device counts as present after its last call; never longer than a lease."""
 
     settle_seconds: Annotated[float, Field(ge=0)] = 30.0
     """How long a restarted server waits for the devices of the last round to come back before it

@@ -142,6 +142,7 @@ class RunLoop:
             logger.info("round run=%s round=%d state=%s", self._run_id, number, row.state)
             row = await steps[row.state](work, row)
         await self._uploads.forget()
+        await self._board.forget_progress()
         if not self._config.keep_updates:
             await self._offload.work(work.forget_updates, number)
         await self._write_report()
@@ -151,8 +152,10 @@ class RunLoop:
         while True:
             seen = self._signals.version(self._key)
             self._check_stop()
-            devices = await self._candidates(work, row)
             open_tasks = await self._open_tasks(row)
+            if row.attempt and await self._updates(row) >= self._config.needed_updates:
+                return await self._start_training(row, [])  # late ones made it complete
+            devices = await self._candidates(work, row)
             if len(devices) >= self._needed_devices(row) or (row.attempt and open_tasks):
                 tasks = await self._offload.work(work.assign, row, devices) if devices else []
                 self._board.announce(device.device_id for device in devices)
@@ -179,12 +182,15 @@ class RunLoop:
             if not open_tasks or left <= 0:
                 break
             await self._signals.wait(self._key, seen, min(left, self._server.lease_seconds / 4))
-        updates = await self._offload.database(self._store.updates, self._run_id, row.number)
-        if len(updates) >= self._config.needed_updates:
+        updates = await self._updates(row)
+        if updates >= self._config.needed_updates:
             return await self._enter(
                 RoundState.AGGREGATING, self._store.start_aggregating, row.number
             )
-        return await self._try_again(row, len(updates))
+        return await self._try_again(row, updates)
+
+    async def _updates(self, row: RoundRow) -> int:
+        return len(await self._offload.database(self._store.updates, self._run_id, row.number))
 
     async def _try_again(self, row: RoundRow, updates: int) -> RoundRow:
         """Another attempt for a round that has too few updates."""
@@ -271,10 +277,12 @@ class RunLoop:
 
     async def _candidates(self, work: RoundWork, row: RoundRow) -> list[Participant]:
         """Present devices that fit, are free, and have not done their part, by device id."""
-        present = self._board.present() - await self._offload.database(self._store.busy_devices)
+        if not await self._is_settled(row):
+            return []
+        busy = await self._offload.database(self._store.busy_devices)
         done = await self._offload.database(self._store.updates, self._run_id, row.number)
-        free = present - {update.device_id for update in done}
-        if not free or not await self._is_settled(row):
+        free = self._board.present() - busy - {update.device_id for update in done}
+        if not free:
             return []
         state = await self._offload.work(work.state_before, row.number)
         fitting, refused = await self._offload.work(work.consider, state, free)
@@ -294,13 +302,10 @@ class RunLoop:
             return 1
         return self._config.needed_updates if row.number else self._config.min_devices
 
-    async def _open_tasks(self, row: RoundRow) -> list[TaskRow]:
+    async def _open_tasks(self, row: RoundRow) -> int:
         """Tasks of the round that somebody works on; leases of silent devices end here."""
-        tasks = await self._offload.database(self._store.tasks, self._run_id, row.number)
-        if await self._board.expire(tasks):
-            tasks = await self._offload.database(self._store.tasks, self._run_id, row.number)
-        self._board.forget_progress(t for t in tasks if t.state is not TaskState.OPEN)
-        return [task for task in tasks if task.state is TaskState.OPEN]
+        tasks = await self._offload.database(self._store.open_tasks, self._run_id, row.number)
+        return len(tasks) - await self._board.expire(tasks)
 
     def _causes(self, row: RoundRow) -> str:
         tasks = self._store.tasks(self._run_id, row.number)

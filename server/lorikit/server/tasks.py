@@ -178,8 +178,8 @@ class TaskBoard:
         return self._waiting[device_id] > 0
 
     def present(self) -> frozenset[str]:
-        """Devices heard of since the start, and lately."""
-        limit = self._config.presence_seconds
+        """Devices heard of since the start, and lately enough to keep a lease."""
+        limit = min(self._config.presence_seconds, self._config.lease_seconds)
         return frozenset(d for d in self._heard if self.silence(d) <= limit)
 
     def progress(self) -> Mapping[str, Progress]:
@@ -202,7 +202,7 @@ class TaskBoard:
         try:
             while True:
                 seen = self._signals.version(key)
-                answer = await self._answer(device_id)
+                answer = await self._offload.database(self._answer, device_id)
                 left = end - self._clock()
                 if answer is not None:
                     return answer
@@ -265,17 +265,19 @@ class TaskBoard:
             raise RequestError(ErrorCode.TASK_UNKNOWN, f"no task {task_id[:80]!r} of this device")
         return task
 
-    async def expire(self, tasks: Iterable[TaskRow]) -> int:
-        """End the leases of silent devices; how many."""
+    async def expire(self, tasks: Mapping[str, str]) -> int:
+        """End the leases of silent devices; how many.
+
+        Args:
+            tasks: Device by open task.
+        """
         count = 0
-        for task in tasks:
-            if task.state is not TaskState.OPEN:
-                continue
-            if self.silence(task.device_id) <= self._config.lease_seconds:
+        for task_id, device_id in tasks.items():
+            if self.silence(device_id) <= self._config.lease_seconds:
                 continue
             message = f"nothing heard for {self._config.lease_seconds:g} seconds"
             count += await self._offload.database(
-                self._store.end_task, task.id, TaskState.EXPIRED, message=message
+                self._store.end_task, task_id, TaskState.EXPIRED, message=message
             )
         return count
 
@@ -283,10 +285,10 @@ class TaskBoard:
         """Wake devices that wait for work."""
         self._signals.notify(*(device_key(device_id) for device_id in device_ids))
 
-    def forget_progress(self, tasks: Iterable[TaskRow]) -> None:
+    async def forget_progress(self) -> None:
         """Drop what devices said about tasks that are over."""
-        for task in tasks:
-            self._progress.pop(task.id, None)
+        wanted = await self._offload.database(self._store.wanted_tasks)
+        self._progress = {task: now for task, now in self._progress.items() if task in wanted}
 
     def stop(self) -> None:
         """Send waiting devices away; they come back when the server is up again."""
@@ -304,14 +306,16 @@ class TaskBoard:
         runs = await self._offload.database(self._store.runs, active_only=True)
         self._signals.notify(*(run_key(run.id) for run in runs))
 
-    async def _answer(self, device_id: str) -> Answer | None:
-        task = await self._offload.database(self._store.current_task, device_id)
+    def _answer(self, device_id: str) -> Answer | None:
+        """What the store has for the device; None when it should wait."""
+        task = self._store.current_task(device_id)
         if task is not None:
             return Offer(task, self._config.lease_seconds)
-        active = await self._offload.database(self._store.runs, active_only=True)
-        for run in active:
-            await self._join(run.id, device_id)
-        memberships = await self._offload.database(self._store.memberships, device_id)
+        for run in self._store.runs(active_only=True):
+            if (run.id, device_id) not in self._joined:
+                self._store.join(run.id, device_id)
+                self._joined.add((run.id, device_id))
+        memberships = self._store.memberships(device_id)
         if not memberships:
             return None
         current = [member for member, run in memberships if run.state.is_active]
@@ -320,12 +324,6 @@ class TaskBoard:
         if all(member.refused_reason is not None for member in judged):
             return Refused(judged[0].refused_reason or "", judged[0].refused_remedy or "")
         return None if current else Ended(last_run, last_member)
-
-    async def _join(self, run_id: str, device_id: str) -> None:
-        if (run_id, device_id) not in self._joined:
-            await self._offload.database(self._store.join, run_id, device_id)
-            self._joined.add((run_id, device_id))
-            self._signals.notify(run_key(run_id))
 
 
 def check_profile(profile: Profile) -> None:

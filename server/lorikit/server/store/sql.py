@@ -140,6 +140,14 @@ class SqlStore(RunStore):
         with self._begin() as session:
             return session.scalars(query).all()
 
+    def open_tasks(self, run_id: str, number: int) -> dict[str, str]:
+        """Device by open task of a round."""
+        query = select(TaskRow.id, TaskRow.device_id).where(
+            TaskRow.run_id == run_id, TaskRow.round == number, TaskRow.state == TaskState.OPEN
+        )
+        with self._begin() as session:
+            return {row[0]: row[1] for row in session.execute(query)}
+
     def current_task(self, device_id: str) -> TaskRow | None:
         """What the device should be working on, the same after every restart of either side.
 
