@@ -19,7 +19,13 @@ from lorikit.proto.manifest import Manifest
 from lorikit.proto.plan import Phase, Plan
 from lorikit.proto.tensors import Bundle, Float32, Tensors
 from lorikit.sdk._data import Dataset, Indices, grouped_by_length
-from lorikit.sdk._errors import CancelledError, DataError, NonFiniteError, PlanRefusedError
+from lorikit.sdk._errors import (
+    CancelledError,
+    DataError,
+    NonFiniteError,
+    PlanRefusedError,
+    StorageFullError,
+)
 from lorikit.sdk._events import Event, Progress
 from lorikit.sdk._memory import memory_use
 from lorikit.sdk._operations.base import GradientOperation, Result, Work
@@ -129,7 +135,11 @@ class PlanExecutor:
         return snapshot
 
     def _save(self, task: _Task, snapshot: Snapshot) -> None:
-        self._journal.save(task.id, *to_journal(snapshot, task.fingerprint))
+        """Save the state where there is room; on a full disk a kill costs more steps, no work."""
+        try:
+            self._journal.save(task.id, *to_journal(snapshot, task.fingerprint))
+        except StorageFullError as error:
+            logger.warning("task goes on without a new journal (task=%s): %s", task.id, error)
 
     def _train(self, task: _Task, snapshot: Snapshot) -> None:
         """Run the snapshot's phase from its step to its end."""
