@@ -35,12 +35,17 @@ class Gate:
     """Something that is held back until it is opened."""
 
     def __init__(self) -> None:
-        self.reached = threading.Event()
+        self._reached = threading.Event()
         self._open = threading.Event()
 
-    def wait(self) -> None:
-        self.reached.set()
+    def hold(self) -> None:
+        """For a hook: wait here."""
+        self._reached.set()
         assert self._open.wait(PATIENCE_SECONDS), "nobody opened the gate"
+
+    def wait_until_reached(self) -> None:
+        """For a test: wait until somebody stands at the gate."""
+        assert self._reached.wait(PATIENCE_SECONDS), "nobody came to the gate"
 
     def open(self) -> None:
         self._open.set()

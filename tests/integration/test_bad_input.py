@@ -223,22 +223,35 @@ def small_disk(tmp_path) -> Iterator[Callable[[Path, str], None]]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("size", ["3m", "9m"], ids=["before-the-blobs", "before-the-journal"])
-def test_full_disk_on_the_device_is_told(size, federation, short, small_disk):
+def test_full_disk_on_the_device_is_told(federation, short, small_disk):
     federation.serve(short())
     poor, *_ = federation.add_devices(3)
-    small_disk(poor.store, size)
+    small_disk(poor.store, "3m")
     federation.start()
-    codes = federation.end()
 
-    assert codes[1:] == [0, 0]
-    (failed, *_) = poor.process.seen("Failed")
-    assert failed["error"] == "StorageFullError"
+    assert federation.end() == [ExitCode.FAILED, 0, 0]
     for number in range(2):
         reported = federation.reported(number)
         assert reported["device-0"][:2] == ("failed", "StorageFullError")
-        assert "free" in reported["device-0"][2]
+        assert "bytes of room; free storage" in reported["device-0"][2]
         assert [reported[name][0] for name in ("device-1", "device-2")] == ["done", "done"]
+    assert [line["error"] for line in poor.process.seen("Failed")] == ["StorageFullError"] * 2
+    assert [line["error"] for line in poor.process.seen("Error")] == ["StorageFullError"]
+
+
+def test_disk_too_small_for_the_journal_costs_no_work(
+    federation, survival, undisturbed, small_disk
+):
+    """Two adapters fit, but not what the optimiser remembers of one."""
+    server = federation.serve(survival)
+    poor, *_ = federation.add_devices(3)
+    small_disk(poor.store, "12m")
+    federation.start()
+
+    assert federation.end() == [0, 0, 0]
+    assert "goes on without a new journal" in poor.process.text()
+    assert_counted_once(server, survival.name, federation.devices, survival.rounds)
+    assert outcome(server, survival.name) == undisturbed
 
 
 def test_limit_on_the_size_of_files_is_told(federation, short):
@@ -265,14 +278,14 @@ def test_missing_and_late_devices_do_not_hold_the_round(federation, short):
         relay = federation.relay()
         device.address = relay.address
         relay.sent = once(
-            lambda message, gate=gate: (gate.wait(), message)[1],
+            lambda message, gate=gate: (gate.hold(), message)[1],
             lambda message, start=start: message.chunk.offset >= start,
         )
     federation.start()
     still.process.wait_for("StateChanged", state="downloading")
     still.process.stop()
     for gate in gates:
-        gate.reached.wait()
+        gate.wait_until_reached()
     until(lambda: len(server.report(config.name)["rounds"]) == 2, "the next round")
     for gate in gates:
         gate.open()

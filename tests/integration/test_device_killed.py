@@ -75,13 +75,13 @@ def test_device_killed_while_downloading_goes_on_by_offset(federation, survival,
 
     def chunk(message: pb.DownloadBlobResponse) -> pb.DownloadBlobResponse:
         if message.offset >= 2 * MEBIBYTE:
-            gate.wait()
+            gate.hold()
         return message
 
     federation.relay.chunk = chunk
     federation.start()
     held = federation.victim.process.wait_for("Downloaded", received_bytes=2 * MEBIBYTE)
-    gate.reached.wait()
+    gate.wait_until_reached()
     federation.relay.chunk = lambda message: message
     _, second = federation.revive()
     gate.open()
@@ -99,12 +99,12 @@ def test_device_killed_while_uploading_sends_the_rest_without_training(
 
     def sent(message: pb.UploadUpdateRequest) -> pb.UploadUpdateRequest:
         if message.chunk.offset >= 2 * MEBIBYTE:
-            gate.wait()
+            gate.hold()
         return message
 
     federation.relay.sent = sent
     federation.start()
-    gate.reached.wait()
+    gate.wait_until_reached()
     until(lambda: federation.server.held_bytes() == 2 * MEBIBYTE, "two chunks of the update")
     federation.relay.sent = lambda message: message
     first, second = federation.revive()
@@ -126,12 +126,12 @@ def test_device_killed_before_it_hears_of_its_receipt_does_not_send_again(
     gate = Gate()
 
     def receipt(message: pb.UploadUpdateResponse) -> pb.UploadUpdateResponse:
-        gate.wait()
+        gate.hold()
         return message
 
     federation.relay.receipt = receipt
     federation.start()
-    gate.reached.wait()
+    gate.wait_until_reached()
     federation.relay.receipt = lambda message: message
     _, second = federation.revive()
     gate.open()
