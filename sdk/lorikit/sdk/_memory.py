@@ -21,6 +21,9 @@ _SIGNS = ("can't start new thread", "cannot allocate memory", "cannot map", "fai
 _HEADROOM_BYTES = 16 << 20
 """Connecting takes that much; with less, gRPC waits for threads that it never gets."""
 
+_RESERVED_SHARE = 1.5
+"""Reserved private memory allowed per byte of the limit."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
@@ -50,14 +53,16 @@ def memory_use() -> MemoryUse:
 
 
 def limit_memory(limit_bytes: int) -> None:
-    """Have the kernel refuse private writable memory beyond the limit, for good.
+    """Have the kernel refuse private writable memory far beyond the limit, for good.
 
     The kernel counts what is *reserved*: heap, anonymous mappings, stacks of threads; memory-mapped
     weights do not count, they are pages of a file. An allocation beyond it fails, which Python
-    and the runtimes turn into an exception instead of a kill. What is reserved but untouched when
-    this is called (tens of megabytes of stacks and buffers of libraries) is allowed on top; later
-    threads reserve their whole stack, so keep stacks small (see ``small_stacks``). Resident memory
-    as a whole has no kernel limit for a single process; a ``MemoryWatch`` bounds that.
+    and the runtimes turn into an exception instead of a kill. Runtimes reserve more than they
+    touch (onnxruntime's arena grows in powers of two), so the kernel's bound is
+    ``_RESERVED_SHARE`` times the limit, and what is reserved but untouched when this is called
+    (stacks and buffers of libraries) comes on top; later threads reserve their whole stack, so keep
+    stacks small (see ``small_stacks``). Resident memory as a whole has no kernel limit for a
+    single process; a ``MemoryWatch`` holds that to the limit itself.
 
     Raises:
         OutOfMemoryError: The process takes about that much already.
@@ -76,7 +81,7 @@ def limit_memory(limit_bytes: int) -> None:
         )
     untouched = max(0, sizes.get("VmData", 0) - sizes.get("RssAnon", 0))
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    wanted = limit_bytes + untouched
+    wanted = int(_RESERVED_SHARE * limit_bytes) + untouched
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (wanted, wanted))
