@@ -9,7 +9,7 @@ import pytest
 
 from lorikit.proto.status import ErrorCode
 from lorikit.server.errors import RequestError
-from lorikit.server.store.blobs import FolderBlobs
+from lorikit.server.store.blobs import DamagedBlobError, FolderBlobs
 
 
 @pytest.fixture
@@ -100,3 +100,12 @@ def test_temporary_files_of_a_crash_are_removed(blobs):
     blobs.remove_temporary()
 
     assert [path.name for path in blobs.folder.iterdir()] == [kept.digest]
+
+
+def test_changed_file_is_noticed(blobs):
+    digest = blobs.put(b"weights").digest
+    assert blobs.read_whole(digest) == b"weights"
+    blobs.path(digest).write_bytes(b"weighty")
+
+    with pytest.raises(DamagedBlobError, match=digest):
+        blobs.read_whole(digest)

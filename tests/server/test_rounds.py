@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import threading
 
@@ -25,6 +26,8 @@ from tests.server.federation import (
 )
 
 from lorikit.proto.status import ErrorCode
+from lorikit.proto.v1 import device_service_pb2 as messages
+from lorikit.proto.wire import profile_to_message
 from lorikit.server.errors import RequestError
 from lorikit.server.plans import identifier
 from lorikit.server.states import RoundState, RunState, TaskState
@@ -518,3 +521,84 @@ def test_server_that_restarts_waits_for_known_devices(tmp_path):
                 assert server.summary("test").round == run.round
         server.stop_run("test", at_once=True)
         server.wait("test", timeout=SECONDS)
+
+
+class FailingMethod(TrappedMethod):
+    """A method whose aggregation fails, the first time or always."""
+
+    def __init__(self, method, error, times):
+        super().__init__(method, Trap("", 0))
+        self.error = error
+        self.times = times
+
+    def aggregate(self, state, space, contributions):
+        if self.times:
+            self.times -= 1
+            raise self.error
+        return self.method.aggregate(state, space, contributions)
+
+
+def failing_parts(error, times):
+    def parts(config, blobs):
+        made = open_tiny_parts(config, blobs)
+        return dataclasses.replace(made, method=FailingMethod(made.method, error, times))
+
+    return parts
+
+
+def test_full_disk_makes_the_run_wait_and_changes_nothing(tmp_path):
+    expected = undisturbed(tmp_path)
+    parts = failing_parts(OSError(errno.ENOSPC, "No space left on device"), 1)
+    with start_server(server_config(tmp_path / "runs"), open_parts=parts) as server:
+        server.create_run(run_config(tmp_path))
+        with crowd(server.address):
+            assert server.wait("test", timeout=SECONDS).state is RunState.FINISHED
+
+    assert final_adapters(tmp_path / "runs" / "test") == expected
+
+
+def test_error_of_a_method_ends_the_run_with_its_cause(tmp_path):
+    parts = failing_parts(ValueError("weights do not add up"), -1)
+    with start_server(server_config(tmp_path / "runs"), open_parts=parts) as server:
+        server.create_run(run_config(tmp_path))
+        with crowd(server.address) as devices:
+            summary = server.wait("test", timeout=SECONDS)
+            devices.join()
+
+    assert summary.state is RunState.FAILED
+    assert summary.message == "ValueError: weights do not add up"
+    report = json.loads((tmp_path / "runs" / "test" / "report.json").read_text())
+    assert (report["state"], report["rounds"][0]["state"]) == ("failed", "abandoned")
+    assert not any(ending.HasField("adapter") for ending in devices.endings.values())
+
+
+def test_damaged_update_ends_the_run_instead_of_the_adapter(tmp_path):
+    trap = Trap("aggregate", 0)
+    config = server_config(tmp_path / "runs")
+    trap.server = first = start_server(config, open_parts=trap.parts)
+    first.create_run(run_config(tmp_path))
+    with crowd(first.address):
+        assert trap.sprung.wait(SECONDS)
+    first.stop()
+    store = SqlStore(config.database_url)
+    digest = store.updates(store.run("test").id, 0)[0].digest
+    store.close()
+    path = config.private_folder / "updates" / digest
+    path.write_bytes(path.read_bytes()[::-1])
+
+    with start_server(config) as second:
+        summary = second.wait("test", timeout=SECONDS)
+
+    assert summary.state is RunState.FAILED
+    assert digest in summary.message
+
+
+def test_refused_device_is_considered_again_with_a_fresh_profile(server, devices, tmp_path):
+    server.create_run(run_config(tmp_path, rounds=1, min_devices=1))
+    (device,) = devices(1, profile=profile(5))
+    eventually(lambda: device.next_task(0.0).WhichOneof("outcome") == "refused")
+    request = messages.NextTaskRequest(wait_seconds=5.0, profile=profile_to_message(profile(40)))
+
+    answer = device.call("NextTask", request)
+
+    assert answer.task.plan.facts.rank == 4

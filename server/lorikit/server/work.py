@@ -331,7 +331,7 @@ class RoundWork:
     def _read_state(self, digest: str | None) -> State:
         if digest is None:
             raise LorikitError(f"run {self._run_id} has no state to go on from")
-        return unpack_state(self._private.read(digest))
+        return unpack_state(self._private.read_whole(digest))
 
     def _participant(self, device_id: str, profile: str, local: Mapping[str, float]) -> Participant:
         """The device as methods see it; reckoned anew only where something has changed."""
@@ -445,7 +445,7 @@ class RoundWork:
             if task is None:
                 raise LorikitError(f"update {update.update_id} has lost its task")
             content = read_update(
-                self._private.read(update.digest),
+                self._private.read_whole(update.digest),
                 expected_from_json(task.expected),
                 max_norm=math.inf,
             )

@@ -20,10 +20,14 @@ from typing import BinaryIO
 
 from lorikit.proto.manifest import BlobRef, digest_of, is_digest
 from lorikit.proto.status import ErrorCode
-from lorikit.server.errors import RequestError
+from lorikit.server.errors import LorikitError, RequestError
 
 _TEMPORARY_PREFIX = ".new-"
 _COPY_BYTES = 1 << 20
+
+
+class DamagedBlobError(LorikitError):
+    """A file no longer holds what its name says; the disk or somebody changed it."""
 
 
 class FolderBlobs:
@@ -111,6 +115,18 @@ class FolderBlobs:
         with self.path(digest).open("rb") as file:
             file.seek(offset)
             return file.read(-1 if length is None else max(length, 0))
+
+    def read_whole(self, digest: str) -> bytes:
+        """All bytes of the blob, checked against its name.
+
+        Raises:
+            RequestError: BLOB_UNKNOWN.
+            DamagedBlobError: The file has changed since it was stored.
+        """
+        data = self.read(digest)
+        if digest_of(data) != digest:
+            raise DamagedBlobError(f"{self.path(digest)} is damaged; restore it from a backup")
+        return data
 
     def digests(self) -> Iterator[str]:
         """Names of all blobs, in no order."""
