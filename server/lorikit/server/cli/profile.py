@@ -21,16 +21,16 @@ from lorikit.server.cli.display import (
     progress,
 )
 from lorikit.server.cli.exit_codes import CommandError, ExitCode
+from lorikit.server.config import RunConfig
 
 if TYPE_CHECKING:
     from lorikit.server.compile import Compiler
     from lorikit.server.methods.base import Assignment, Participant
     from lorikit.server.planner import Planner
 
-BASELINE_BYTES = 60_000_000
-"""Resident memory assumed for a device process before it trains: interpreter and runtime."""
-
-_PRECISIONS = ("nf4", "int8", "fp16", "fp32")
+BASELINE_BYTES = 54_000_000
+"""Resident memory assumed for a device process before it trains: interpreter, numpy and gRPC,
+measured on Linux x86-64; the planner adds the runtime."""
 
 
 def profile(
@@ -77,7 +77,7 @@ def profile(
         )
         planner = Planner(
             compiler,
-            precisions=_PRECISIONS,
+            precisions=RunConfig.model_fields["precisions"].default,
             batch_size=batch_size,
             max_length=length,
             max_rank=rank,
