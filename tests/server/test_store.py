@@ -223,6 +223,17 @@ class StoreBehaviour:
         assert training.current_task("d1") is None
         assert training.task("t1").error == "OutOfMemoryError"
 
+    def test_only_devices_that_ended_without_a_result_get_other_work(self, training):
+        assert training.taken_devices("r", 0) == training.taken_devices("s", 0) == {"d1", "d2"}
+
+        training.end_task("t1", TaskState.FAILED)
+        training.end_task("t2", TaskState.EXPIRED)
+        assert training.taken_devices("r", 0) == {"d2"}
+        assert training.taken_devices("s", 0) == frozenset()
+
+        self.accept(training, "t2")
+        assert training.taken_devices("r", 0) == {"d2"}
+
     def test_nothing_is_wanted_of_a_run_stopped_at_once(self, training):
         training.request_stop("demo", at_once=True)
 
@@ -240,7 +251,7 @@ class StoreBehaviour:
         assert training.round("r", 0).state is RoundState.ABANDONED
         assert {t.state for t in training.tasks("r")} == {TaskState.EXPIRED}
         assert training.run("r").message == "why"
-        assert training.busy_devices() == frozenset()
+        assert training.current_task("d1") is None
 
     def test_evaluation_tasks_are_added_once(self, training):
         self.accept(training, "t1")

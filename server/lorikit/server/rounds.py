@@ -279,9 +279,8 @@ class RunLoop:
         """Present devices that fit, are free, and have not done their part, by device id."""
         if not await self._is_settled(row):
             return []
-        busy = await self._offload.database(self._store.busy_devices)
-        done = await self._offload.database(self._store.updates, self._run_id, row.number)
-        free = self._board.present() - busy - {update.device_id for update in done}
+        taken = await self._offload.database(self._store.taken_devices, self._run_id, row.number)
+        free = self._board.present() - taken
         if not free:
             return []
         state = await self._offload.work(work.state_before, row.number)

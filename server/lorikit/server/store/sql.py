@@ -198,11 +198,20 @@ class SqlStore(RunStore):
         with self._begin() as session:
             return frozenset(session.scalars(query))
 
-    def busy_devices(self) -> frozenset[str]:
-        """Devices that have an open task in any run."""
-        query = select(TaskRow.device_id).where(TaskRow.state == TaskState.OPEN)
+    def taken_devices(self, run_id: str, number: int) -> frozenset[str]:
+        """Devices that get no other task in this round.
+
+        Those that work, in any run; those that have sent their update; and silent ones, which find
+        their task again when they come back.
+        """
+        working = select(TaskRow.device_id).where(TaskRow.state == TaskState.OPEN)
+        taken = select(TaskRow.device_id).where(
+            TaskRow.run_id == run_id,
+            TaskRow.round == number,
+            TaskRow.state.in_((TaskState.DONE, TaskState.EXPIRED)),
+        )
         with self._begin() as session:
-            return frozenset(session.scalars(query))
+            return frozenset(session.scalars(working.union(taken)))
 
     def end_task(
         self, task_id: str, state: TaskState, *, error: str = "", message: str = ""
