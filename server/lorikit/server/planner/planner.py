@@ -86,7 +86,7 @@ class Planner:
         batch_size: int,
         max_length: int,
         max_rank: int,
-        safety: float = 0.9,
+        safety: float = 0.95,
     ) -> None:
         """Args.
 
