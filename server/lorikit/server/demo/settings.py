@@ -39,8 +39,9 @@ METHOD_OPTIONS: Mapping[str, dict[str, JsonValue]] = {
     "flexlora": {"budget_exponent": 0.4},
     "fedra": {"capacity": "budget", "budget_exponent": 0.4},
 }
-"""Options of methods that share ranks or layers out by memory: in proportion to a power of the budget, since
-in proportion to the budget itself all but the largest class would train the smallest rank."""
+"""Options of methods that share ranks or layers out by memory: in proportion to a power of the
+budget, since in proportion to the budget itself all but the largest class would train the smallest
+rank."""
 
 RUN_NAME = "demo"
 UNIFORM_RUN_NAME = "uniform"
