@@ -139,6 +139,14 @@ def test_sentences_say_accuracy_memory_and_bytes():
     assert report["sentences"] == [accuracy, memory, traffic]
 
 
+def test_baseline_that_was_cut_short_is_not_compared_with():
+    cut = {"centralised": {"metric": 0.5, "is_complete": False}}
+
+    accuracy, _, _ = closing_sentences({**make_report(), "baselines": cut})
+
+    assert "centralised" not in accuracy
+
+
 def test_board_joins_what_server_and_device_say_by_the_task(tmp_path):
     board = Board({"sensor-1": "sensor"}, rounds=1)
     facts = {"task": "t9", "device": "f00d", "round": 0, "state": "open", "precision": "nf4"}

@@ -130,6 +130,16 @@ def test_page_shows_the_numbers_of_the_run():
     assert "The federation reached 93.4 % accuracy." in page
 
 
+def test_baseline_that_was_cut_short_is_marked_and_not_compared_with():
+    report = make_report()
+    report["baselines"]["centralised"]["is_complete"] = False
+
+    page = render(report)
+
+    assert "centralised LoRA (cut short)" in page
+    assert "of centralised" not in page
+
+
 def test_one_device_and_one_round_are_summed_by_hand():
     report = make_report(rounds=2)
     for entry in report["rounds"]:

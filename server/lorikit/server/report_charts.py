@@ -66,21 +66,26 @@ class LayerRow:
     """Layers the device's model had, trained or not."""
 
 
-def accuracy_chart(curves: Sequence[Curve], levels: Sequence[Level], *, best: float = 1.0) -> str:
-    """Accuracy over rounds, with reference levels as dashed lines named on the right."""
+def accuracy_chart(curves: Sequence[Curve], levels: Sequence[Level]) -> str:
+    """Accuracy over rounds, with reference levels as dashed lines named on the right.
+
+    The axis ends at 100 % and starts at the last multiple of 10 % that leaves every value room.
+    """
     height, left, right, top, bottom = 320, 46, 190, 14, 34
     last = max((number for curve in curves for number in curve.rounds), default=1)
     first = min((number for curve in curves for number in curve.rounds), default=0)
     span = max(last - first, 1)
+    values = [*(v for curve in curves for v in curve.values), *(level.value for level in levels)]
+    floor = max(0.0, math.floor(10 * (min(values, default=0.0) - 0.03)) / 10)
 
     def x(number: float) -> float:
         return left + (WIDTH - left - right) * (number - first) / span
 
     def y(value: float) -> float:
-        return height - bottom - (height - top - bottom) * value / best
+        return height - bottom - (height - top - bottom) * (value - floor) / (1 - floor)
 
     parts = []
-    for tick in _ticks(best, 5):
+    for tick in (floor + step for step in _ticks(1 - floor, 5)):
         parts.append(_line(left, y(tick), WIDTH - right, y(tick), "grid"))
         parts.append(_text(left - 8, y(tick) + 4, f"{100 * tick:.0f} %", "axis end"))
     for number in range(first, last + 1, max(1, math.ceil(span / 12))):
@@ -120,8 +125,7 @@ def memory_chart(rows: Sequence[MemoryRow]) -> str:
     for tick in _ticks(reach / 1e6, 6):
         at = x(tick * 1e6)
         parts.append(_line(at, top - 6, at, height - bottom, "grid"))
-        parts.append(_text(at, height - 12, f"{tick:,.0f}", "axis middle"))
-    parts.append(_text(WIDTH - right + 10, height - 12, "MB", "axis"))
+        parts.append(_text(at, height - 12, f"{tick:,.0f} MB" if tick else "0", "axis middle"))
     for number, row in enumerate(rows):
         middle = top + row_height * (number + 0.5)
         parts.extend(_memory_row(row, middle, x, reach, WIDTH - right))

@@ -173,9 +173,14 @@ _LEGEND_OF_MEMORY = (
 
 
 def _accuracy_note(report: Report) -> str:
+    rows = (report.get("config") or {}).get("evaluate_rows") or 0
+    part = f" on {rows:,} of its rows" if rows else ""
+    note = f"Measured by the server on the test set{part}, with the aggregated adapter."
+    if report.get("final_metric_rows"):
+        note += f" The figure above is for all {report['final_metric_rows']:,} rows."
     if report.get("baselines"):
-        return "Dashed: what other ways of training reached with the same data."
-    return "Measured by the server on the test set with the aggregated adapter."
+        note += " Dashed and grey: what other ways of training reached with the same data."
+    return note
 
 
 def _accuracy(report: Report) -> str:
@@ -191,6 +196,7 @@ def _accuracy(report: Report) -> str:
     levels = []
     for key, baseline in (report.get("baselines") or {}).items():
         name = str(baseline.get("name", key))
+        name += "" if baseline.get("is_complete", True) else " (cut short)"
         series = baseline.get("rounds") or []
         if series:
             values = [float(value) for value in series]
@@ -257,8 +263,8 @@ def _layer_rows(devices: Sequence[_Device]) -> list[LayerRow]:
 
 def _device_table(report: Report, devices: Sequence[_Device]) -> str:
     header = (
-        "device", "class", "engine", "precision", "rank", "layers", "micro-batch", "peak",
-        "predicted", "s / round", "sent", "received", "examples", "updates",
+        "device", "class", "engine", "base", "rank", "layers", "batch", "peak", "predicted",
+        "s/round", "sent", "received", "examples", "updates",
     )  # fmt: skip
     rows = [
         (
@@ -269,8 +275,8 @@ def _device_table(report: Report, devices: Sequence[_Device]) -> str:
             device.last("rank"),
             _layers(device.last("trained_layers")),
             device.last("micro_batch"),
-            _size(device.largest("peak_memory_bytes")),
-            _size(device.largest("predicted_peak_memory_bytes")),
+            _megabytes(device.largest("peak_memory_bytes")),
+            _megabytes(device.largest("predicted_peak_memory_bytes")),
             f"{device.total('seconds') / max(len(device.entries), 1):.1f}",
             _size(device.total("bytes_up")),
             _size(device.total("bytes_down")),
@@ -357,8 +363,11 @@ def _layer_count(report: Report, devices: Sequence[_Device]) -> int:
 
 
 def _baseline_metric(report: Report, key: str) -> float | None:
-    metric = ((report.get("baselines") or {}).get(key) or {}).get("metric")
-    return None if metric is None else float(metric)
+    """What a baseline reached; None where there is none, or it was cut short."""
+    baseline = (report.get("baselines") or {}).get(key) or {}
+    if baseline.get("metric") is None or not baseline.get("is_complete", True):
+        return None
+    return float(baseline["metric"])
 
 
 def _is_counted(device: Mapping[str, Any]) -> bool:
@@ -419,6 +428,10 @@ def _size(count: float) -> str:
     if not count:
         return "-"
     return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.0f} MB" if count else "-"
 
 
 def _percent(value: float | None) -> str:

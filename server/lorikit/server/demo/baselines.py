@@ -185,6 +185,7 @@ def centralised_baseline(
         "name": "centralised LoRA",
         "metric": encoder.accuracy(test),
         "examples": seen,
+        "is_complete": seen >= task.examples,
         "seconds": time.perf_counter() - start,
         "note": note,
     }

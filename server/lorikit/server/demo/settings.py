@@ -77,7 +77,7 @@ class DemoConfig:
     evaluate_rows: int = 1500
     """Rows of the test set for the measurement after each round; 0 for all 4,500."""
     with_baselines: bool = False
-    baseline_seconds: float = 600.0
+    baseline_seconds: float = 1800.0
     """Most time the centralised baseline may take."""
     is_quick: bool = False
     """Whether what takes long after the run is left out."""

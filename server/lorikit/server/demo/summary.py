@@ -84,8 +84,9 @@ def _accuracy_sentence(report: Report) -> str:
         f"{len(devices)} devices, each with a mix of topics of its own, "
         f"reached {100 * final:.1f} % accuracy on {report['labels']} intents in {rounds} rounds"
     )
-    central = (report.get("baselines", {}).get("centralised") or {}).get("metric")
-    if not central:
+    baseline = report.get("baselines", {}).get("centralised") or {}
+    central = baseline.get("metric")
+    if not central or not baseline.get("is_complete", True):
         return text + "."
     return (
         f"{text}: {100 * final / central:.1f} % of the {100 * central:.1f} % of centralised "
