@@ -325,3 +325,17 @@ class Device:
     def __exit__(self, *_: object) -> None:
         if hasattr(self, "process"):
             self.process.__exit__()
+
+
+def make_devices(folder: Path, address: str, count: int = 3, **options: Any) -> list[Device]:
+    """Devices with rows of their own, none started."""
+    return [
+        Device(
+            name=f"device-{number}",
+            address=address,
+            folder=folder / f"device-{number}",
+            rows=example_rows(24 + 3 * number, seed=number),
+            **options,
+        )
+        for number in range(count)
+    ]

@@ -13,8 +13,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from tests.integration.conftest import assert_counted_once, make_devices, outcome
-from tests.integration.processes import Device, Server, until
+from tests.integration.outcomes import assert_counted_once, outcome
+from tests.integration.processes import Device, Server, make_devices, until
 from tests.integration.relay import CutOffError, Gate, Relay
 from tests.server.federation import Device as RawDevice
 from tests.server.federation import error_code, profile, upload_requests
@@ -172,7 +172,7 @@ def test_plan_with_unknown_parts_is_refused_by_name(federation, short):
         reply.task.plan.version = 99
         return reply
 
-    federation.serve(short())
+    federation.serve(short(min_devices=4))
     devices = federation.add_devices(4)
     for device, hook in zip(devices[:2], (unknown, newer), strict=True):
         relay = federation.relay()
@@ -191,7 +191,7 @@ def test_plan_with_unknown_parts_is_refused_by_name(federation, short):
 
 
 def test_other_protocol_versions_end_the_device_that_cannot_understand(federation, short):
-    federation.serve(short(), lease_seconds=5.0)
+    federation.serve(short(min_devices=2), lease_seconds=5.0)
     newer_device, newer_server, *_ = federation.add_devices(4)
     first, second = federation.relay(), federation.relay()
     newer_device.address, newer_server.address = first.address, second.address
@@ -270,7 +270,7 @@ def test_limit_on_the_size_of_files_is_told(federation, short):
 
 def test_missing_and_late_devices_do_not_hold_the_round(federation, short):
     """One device stands still; one sends its update too late, another the last chunk of it."""
-    config = short(rounds=2, min_updates=1, deadline_seconds=12.0)
+    config = short(min_devices=4, min_updates=1, deadline_seconds=12.0)
     server = federation.serve(config)
     still, late, later, _ = federation.add_devices(4)
     gates = Gate(), Gate()
@@ -309,7 +309,7 @@ def test_updates_that_break_a_rule_are_refused_with_the_rule(federation, short):
     federation.start()
     foe = RawDevice(federation.server.address, profile=profile(2000, device_class="foe")).enrol()
 
-    task = foe.task()
+    task = next_task(foe)
     good = honest_update(foe, task)
     foe.protocol = "2"
     assert refusal(foe.heartbeat, task)[0] is ErrorCode.PROTOCOL_UNSUPPORTED
@@ -326,7 +326,7 @@ def test_updates_that_break_a_rule_are_refused_with_the_rule(federation, short):
     assert code is ErrorCode.UPDATE_INVALID
     assert f"{QUERY_A}: holds numbers that are not finite" in words
 
-    task = foe.task()
+    task = next_task(foe)
     good = honest_update(foe, task)
     bad = {**good, QUERY_A: good[QUERY_A][:, 1:]}
     code, words = refusal(foe.upload, task, foe.packed(bad))
@@ -341,6 +341,14 @@ def test_updates_that_break_a_rule_are_refused_with_the_rule(federation, short):
         assert [reported[name][0] for name in ("device-0", "device-1")] == ["done", "done"]
     assert foe.next_task().WhichOneof("outcome") == "finished"
     foe.close()
+
+
+def next_task(device: RawDevice) -> pb.Task:
+    def ask() -> pb.Task | None:
+        reply = device.next_task()
+        return reply.task if reply.HasField("task") else None
+
+    return until(ask, "a task")
 
 
 def honest_update(device: RawDevice, task: pb.Task) -> Tensors:

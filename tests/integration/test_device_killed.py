@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
-from tests.integration.conftest import assert_counted_once, make_devices, outcome
-from tests.integration.processes import Device, Process, Server, until
+from tests.integration.outcomes import assert_counted_once, outcome
+from tests.integration.processes import Device, Process, Server, make_devices, until
 from tests.integration.relay import Gate, Relay
 
 from lorikit.proto.v1 import device_service_pb2 as pb

@@ -7,8 +7,7 @@ import contextlib
 import os
 
 import pytest
-from tests.integration.conftest import make_devices
-from tests.integration.processes import ROOT, Server
+from tests.integration.processes import ROOT, Server, make_devices
 
 pytest.importorskip("torch", reason="the packages are compiled with torch")
 

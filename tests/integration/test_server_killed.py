@@ -6,8 +6,8 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from tests.integration.conftest import assert_counted_once, make_devices, outcome
-from tests.integration.processes import Server
+from tests.integration.outcomes import assert_counted_once, outcome
+from tests.integration.processes import Server, make_devices
 
 pytest.importorskip("torch", reason="the server compiles with torch")
 

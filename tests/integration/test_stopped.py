@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from tests.integration.conftest import assert_counted_once, make_devices, outcome
-from tests.integration.processes import PATIENCE_SECONDS, ROOT, Server
+from tests.integration.outcomes import assert_counted_once, outcome
+from tests.integration.processes import PATIENCE_SECONDS, ROOT, Server, make_devices
 
 from lorikit.sdk.__main__ import ExitCode as DeviceCode
 from lorikit.server.cli.exit_codes import ExitCode

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.integration.conftest import make_devices
-from tests.integration.processes import LABELS, Server
+from tests.integration.processes import LABELS, Server, make_devices
 
 from lorikit.server.export import read_adapter
 
