@@ -294,7 +294,7 @@ class RunLoop:
             return True
         members = await self._offload.database(self._store.members, self._run_id)
         able = {device.id for member, device in members if member.refused_reason is None}
-        return able <= self._board.present()
+        return able <= self._board.heard()
 
     def _needed_devices(self, row: RoundRow) -> int:
         if row.attempt:

@@ -177,6 +177,10 @@ class TaskBoard:
         """Whether the device has a call open that waits for work."""
         return self._waiting[device_id] > 0
 
+    def heard(self) -> frozenset[str]:
+        """Devices heard of since the start, however long ago."""
+        return frozenset(self._heard)
+
     def present(self) -> frozenset[str]:
         """Devices heard of since the start, and lately enough to keep a lease."""
         limit = min(self._config.presence_seconds, self._config.lease_seconds)
