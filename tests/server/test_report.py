@@ -146,7 +146,15 @@ def test_report_replaces_the_last_one_and_keeps_baselines(store, tmp_path):
     report = json.loads(path.read_text())
     assert report["baselines"] == {"central": {"metric": 0.9}}
     assert written_state(tmp_path) == report["state"] == "finished"
-    assert sorted(p.name for p in tmp_path.glob("*report*")) == ["report.json"]
+    assert sorted(p.name for p in tmp_path.glob("*report*")) == ["report.html", "report.json"]
+
+
+def test_page_for_people_stands_beside_the_report(store, tmp_path):
+    write_report(tmp_path, store, "r")
+
+    page = (tmp_path / "report.html").read_text()
+    assert page.lstrip().lower().startswith("<!doctype html>")
+    assert "http://" not in page.replace("http://www.w3.org", "")
 
 
 def test_damaged_report_is_written_anew(store, tmp_path):
@@ -170,4 +178,4 @@ def test_failed_write_leaves_the_old_report(store, tmp_path, monkeypatch):
         write_report(tmp_path, store, "r")
 
     assert (tmp_path / "report.json").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.glob("*report*")) == ["report.json"]
+    assert sorted(p.name for p in tmp_path.glob("*report*")) == ["report.html", "report.json"]

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from lorikit.server.config import RunConfig
+from lorikit.server.report_html import render
 from lorikit.server.store.sql import SqlStore
 from lorikit.server.store.tables import EvaluationRow, RoundRow, RunRow, TaskRow, UpdateRow
 
 REPORT_FILE = "report.json"
 """Its name in the folder of a run."""
+
+PAGE_FILE = "report.html"
+"""Name of the page that shows it to people; it opens without a network."""
 
 
 def build_report(store: SqlStore, run_id: str) -> dict[str, Any]:
@@ -60,19 +64,25 @@ def written_state(folder: Path) -> str | None:
 
 
 def write_report(folder: Path, store: SqlStore, run_id: str) -> None:
-    """Write the report in one step: a reader sees the old file or the new one, never a half.
+    """Write the report for machines and its page for people, each in one step.
 
-    Baselines that somebody added to the file stay.
+    A reader sees the old file or the new one, never a half. Baselines that somebody added to the
+    file stay. The page comes first, since ``written_state`` reads the other.
     """
     path = folder / REPORT_FILE
     report = build_report(store, run_id)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         report["baselines"] = json.loads(path.read_bytes())["baselines"]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / PAGE_FILE, render(report))
+    _replace(path, json.dumps(report, indent=2))
+
+
+def _replace(path: Path, text: str) -> None:
     handle, name = tempfile.mkstemp(prefix=".report-", dir=path.parent)
     try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(report, file, indent=2)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(path)
