@@ -207,6 +207,7 @@ def server_config(folder: Path, **changes: Any) -> ServerConfig:
         "settle_seconds": 10.0,
         "max_wait_seconds": 5.0,
         "retry_seconds": 0.05,
+        "handout_seconds": 0.0,
         "stop_seconds": 0.2,
         "limits": LimitsConfig(busy_retry_seconds=0.1),
     }

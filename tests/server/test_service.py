@@ -493,6 +493,26 @@ def test_stopping_server_sends_waiting_devices_away(tmp_path):
     assert answers[0].WhichOneof("outcome") == "wait"
 
 
+def test_stopping_server_waits_for_those_that_fetch_the_last_adapter(tmp_path):
+    server = start_server(server_config(tmp_path / "runs", handout_seconds=20.0))
+    server.create_run(run_config(tmp_path, rounds=1, min_devices=1))
+    device = Device(server.address).enrol()
+    finished = device.take_part(threading.Event())
+    assert isinstance(finished, messages.Finished)
+    server.wait("test")
+    stopping = threading.Thread(target=server.stop)
+
+    stopping.start()
+    stopping.join(0.5)  # as long as a device may think before its next call
+    adapter = device.download(finished.adapter)
+    stopping.join(3.0)
+
+    assert not stopping.is_alive()
+    assert hashlib.sha256(adapter).hexdigest() == finished.adapter.digest
+    assert not accepted(device.download, finished.adapter)
+    device.close()
+
+
 def test_foreseen_errors_carry_no_trace_of_the_server(server, make_device, monkeypatch):
     device = make_device()
 

@@ -155,7 +155,9 @@ class Coordinator:
         return f"{host}:{self.port}"
 
     async def stop(self) -> None:
-        """Answer what is in progress, send devices away, and leave everything resumable."""
+        """Hand out last adapters, answer what is in progress, and leave everything resumable."""
+        if self._grpc is not None and not await self._board.handed_out(self.config.handout_seconds):
+            logger.warning("some devices still lack the last adapter; they get it after a restart")
         self._is_stopping = True
         await self._health.enter_graceful_shutdown()
         self._board.stop()

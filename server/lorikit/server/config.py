@@ -265,6 +265,10 @@ class ServerConfig(_Settings):
     retry_seconds: Annotated[float, Field(gt=0)] = 1.0
     """Shortest pause of a device that found no work; the longest is twice that."""
 
+    handout_seconds: Annotated[float, Field(ge=0)] = 30.0
+    """How long a stopping server waits for present devices that are still to fetch the last adapter
+    of a run that has ended."""
+
     stop_seconds: Annotated[float, Field(ge=0)] = 5.0
     """How long a stopping server lets calls in progress end."""
 

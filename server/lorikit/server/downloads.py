@@ -61,6 +61,7 @@ class Downloads:
                 yield chunk
                 offset += len(chunk.data)
                 if offset >= size:
+                    self._board.received(device_id, digest)
                     return
         finally:
             self._active -= 1

@@ -8,6 +8,7 @@ earliest, so that neither a restart nor a clock that jumps takes work away from 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
 import hmac
@@ -37,6 +38,9 @@ _MAX_TEXT = 200
 _MAX_MESSAGE = 500
 _MAX_LIST = 64
 _MAX_METRICS = 64
+
+_GONE_SECONDS = 5.0
+"""A device that was silent for so long between two calls is not about to fetch anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,7 @@ class TaskBoard:
         self._token_hashes: dict[str, str] = {}
         self._joined: set[tuple[str, str]] = set()
         self._progress: dict[str, Progress] = {}
+        self._last_adapter: dict[str, str | None] = {}
         self._is_stopping = False
 
     async def enrol(self, installation_id: str, profile: Profile) -> tuple[str, str]:
@@ -209,6 +214,7 @@ class TaskBoard:
                 answer = await self._offload.database(self._answer, device_id)
                 left = end - self._clock()
                 if answer is not None:
+                    self._note_last(device_id, answer)
                     return answer
                 if left <= 0 or self._is_stopping:
                     return Pause(self._config.retry_seconds, 2 * self._config.retry_seconds)
@@ -216,6 +222,24 @@ class TaskBoard:
         finally:
             self._waiting[device_id] -= 1
             self.touch(device_id)
+
+    def received(self, device_id: str, digest: str) -> None:
+        """Note that the device has a whole blob now."""
+        if self._last_adapter.get(device_id) == digest:
+            self._last_adapter[device_id] = None
+
+    async def handed_out(self, timeout: float) -> bool:
+        """Wait until no present device is still to fetch the last adapter of its ended runs.
+
+        Returns:
+            Whether all have it; devices that go silent meanwhile do not count.
+        """
+        end = self._clock() + timeout
+        while await self._offload.database(self._still_fetching):
+            if self._clock() >= end:
+                return False
+            await asyncio.sleep(0.05)
+        return True
 
     async def heartbeat(self, device_id: str, task_id: str, progress: Progress) -> bool:
         """Whether the device should go on with the task."""
@@ -309,6 +333,26 @@ class TaskBoard:
         """Tell active runs that a device is there that was not, or has changed."""
         runs = await self._offload.database(self._store.runs, active_only=True)
         self._signals.notify(*(run_key(run.id) for run in runs))
+
+    def _note_last(self, device_id: str, answer: Answer) -> None:
+        """Remember what an ended run's device fetches now; None when that is nothing."""
+        if isinstance(answer, Offer | Pause):
+            self._last_adapter.pop(device_id, None)
+        else:
+            ended = isinstance(answer, Ended)
+            self._last_adapter[device_id] = answer.member.adapter_digest if ended else None
+
+    def _still_fetching(self) -> bool:
+        """Whether a device is about to hear that its run has ended, or to fetch what it gets."""
+        for device_id in list(self._heard):
+            if self.silence(device_id) > _GONE_SECONDS:
+                continue
+            if device_id in self._last_adapter and self._last_adapter[device_id] is None:
+                continue
+            memberships = self._store.memberships(device_id)
+            if memberships and not any(run.state.is_active for _, run in memberships):
+                return True
+        return False
 
     def _answer(self, device_id: str) -> Answer | None:
         """What the store has for the device; None when it should wait."""
