@@ -23,8 +23,8 @@ def test_mappings_and_pairs_and_labels_by_name_and_number_mean_the_same() -> Non
     for data in (as_mappings, as_pairs):
         np.testing.assert_array_equal(data.labels, [1, 2])
         batch = data.batch([0, 1])
-        np.testing.assert_array_equal(batch.input_ids, [[3, 4], [5, 0]])
-        np.testing.assert_array_equal(batch.attention_mask, [[1, 1], [1, 0]])
+        np.testing.assert_array_equal(batch.inputs["input_ids"], [[3, 4], [5, 0]])
+        np.testing.assert_array_equal(batch.inputs["attention_mask"], [[1, 1], [1, 0]])
 
 
 def test_rows_may_come_from_a_generator() -> None:
@@ -40,13 +40,13 @@ def test_task_names_the_columns() -> None:
 def test_long_texts_are_cut() -> None:
     data = _dataset([("w1 w2 w3 w4", 0), ("w1", 0)], max_length=3)
     np.testing.assert_array_equal(data.lengths, [3, 1])
-    np.testing.assert_array_equal(data.batch([0]).input_ids, [[3, 4, 5]])
+    np.testing.assert_array_equal(data.batch([0]).inputs["input_ids"], [[3, 4, 5]])
 
 
 def test_batches_are_padded_to_the_multiple() -> None:
     batch = _dataset([("w1 w2 w3", 0)], pad_multiple=8).batch([0])
-    assert batch.input_ids.shape == (1, 8)
-    assert batch.attention_mask.sum() == 3
+    assert batch.inputs["input_ids"].shape == (1, 8)
+    assert batch.inputs["attention_mask"].sum() == 3
 
 
 def test_batches_hold_each_example_once_the_longest_first() -> None:
@@ -56,7 +56,7 @@ def test_batches_hold_each_example_once_the_longest_first() -> None:
     groups = list(data.batches(3))
 
     assert sorted(np.concatenate([indices for indices, _ in groups])) == list(range(7))
-    assert [batch.input_ids.shape for _, batch in groups] == [(3, 6), (3, 3), (1, 1)]
+    assert [batch.inputs["input_ids"].shape for _, batch in groups] == [(3, 6), (3, 3), (1, 1)]
     assert sum(float(batch.weights.sum()) for _, batch in groups) == pytest.approx(1)
 
 

@@ -99,11 +99,15 @@ class Task:
     """What the model is trained to do."""
 
     kind: str
-    """``sequence-classification``."""
+    """``sequence-classification``, ``token-classification``, ``masked-language-modeling``,
+    ``causal-language-modeling`` or ``image-classification``."""
     labels: tuple[str, ...]
-    """Class names by index."""
+    """Class names by index; empty for language modelling, where the classes are the vocabulary."""
     text_column: str = "text"
+    """Column of the input: a text, or its words where tokens are classified."""
     label_column: str = "label"
+    image_column: str = "image"
+    """Column of the input where images are classified."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,6 +251,7 @@ def _task(value: object) -> Task:
         labels=_texts(fields, "labels"),
         text_column=_text(fields, "text_column"),
         label_column=_text(fields, "label_column"),
+        image_column=_text(fields, "image_column"),
     )
 
 

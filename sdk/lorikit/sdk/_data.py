@@ -103,8 +103,7 @@ class Dataset:
         chosen = np.asarray(indices, dtype=np.int64)
         input_ids, attention_mask = self._tokens.padded(chosen, self._pad_multiple)
         return Batch(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+            inputs={"input_ids": input_ids, "attention_mask": attention_mask},
             labels=self._labels[chosen],
             weights=np.broadcast_to(np.asarray(weights, np.float32), chosen.shape).copy(),
         )

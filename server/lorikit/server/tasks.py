@@ -336,11 +336,13 @@ class TaskBoard:
 
     def _note_last(self, device_id: str, answer: Answer) -> None:
         """Remember what an ended run's device fetches now; None when that is nothing."""
-        if isinstance(answer, Offer | Pause):
-            self._last_adapter.pop(device_id, None)
-        else:
-            ended = isinstance(answer, Ended)
-            self._last_adapter[device_id] = answer.member.adapter_digest if ended else None
+        match answer:
+            case Ended():
+                self._last_adapter[device_id] = answer.member.adapter_digest
+            case Refused():
+                self._last_adapter[device_id] = None
+            case _:
+                self._last_adapter.pop(device_id, None)
 
     def _still_fetching(self) -> bool:
         """Whether a device is about to hear that its run has ended, or to fetch what it gets."""

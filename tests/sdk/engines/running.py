@@ -20,10 +20,10 @@ import numpy as np
 from lorikit.proto.manifest import Manifest, dump, load
 from lorikit.proto.tensors import Bundle, Tensors, pack, raw, unpack
 from lorikit.sdk.engines import available_engines, open_engine
+from lorikit.sdk.engines._signature import WHOLE_NUMBERS
 from lorikit.sdk.engines.base import Batch, Gradients
 
 ROOT = Path(__file__).parents[3]
-_BATCH = ("input_ids", "attention_mask", "labels", "weights")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Place:
         self, folder: Path, manifest: Manifest, adapter: Tensors, batch: Batch, scale: float = 2.0
     ) -> Gradients:
         tensors = {f"adapter.{name}": raw(value) for name, value in adapter.items()}
-        tensors |= {f"batch.{name}": raw(getattr(batch, name)) for name in _BATCH}
+        arrays = {**batch.inputs, "labels": batch.labels, "weights": batch.weights}
+        tensors |= {f"batch.{name}": raw(array) for name, array in arrays.items()}
         (folder / "manifest").write_bytes(dump(manifest))
         (folder / "request").write_bytes(pack(Bundle(tensors, {"lora_scale": scale})))
         if self.variable:
@@ -78,8 +79,9 @@ def answer(folder: Path, engine_name: str) -> None:
         for name, value in values.items()
         if name.startswith("adapter.")
     }
-    ids, mask, labels = (values[f"batch.{name}"].astype(np.int64) for name in _BATCH[:3])
-    batch = Batch(ids, mask, labels, values["batch.weights"])
+    arrays = {n.removeprefix("batch."): v for n, v in values.items() if n.startswith("batch.")}
+    arrays = {n: v.astype(np.int64) if n in WHOLE_NUMBERS else v for n, v in arrays.items()}
+    batch = Batch(labels=arrays.pop("labels"), weights=arrays.pop("weights"), inputs=arrays)
     engine = open_engine(engine_name, manifest, folder, threads=1)
     result = engine.gradients(adapter, batch, request.scalars)
     engine.close()

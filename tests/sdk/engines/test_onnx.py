@@ -113,7 +113,7 @@ def test_input_that_nobody_gives_is_named(package: TinyPackage) -> None:
 
 def test_token_outside_the_vocabulary_is_an_error_not_a_crash(package: TinyPackage) -> None:
     batch = package.batch()
-    batch.input_ids[0, 0] = 10**6
+    batch.inputs["input_ids"][0, 0] = 10**6
     with pytest.raises(PackageError, match="running graph 'train'"):
         _open(package).gradients(package.adapter(), batch, INPUTS)
 
@@ -196,7 +196,8 @@ engine.gradients(package.adapter(), package.batch(), INPUTS)
 used = int(open("/proc/self/statm").read().split()[5]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_DATA, (used + 40_000_000, -1))
 ids = np.zeros((64, 20_000), np.int64)
-batch = Batch(ids, ids + 1, np.zeros(64, np.int64), np.ones(64, np.float32))
+inputs = {"input_ids": ids, "attention_mask": ids + 1}
+batch = Batch(inputs, np.zeros(64, np.int64), np.ones(64, np.float32))
 try:
     engine.gradients(package.adapter(), batch, INPUTS)
 except OutOfMemoryError as error:

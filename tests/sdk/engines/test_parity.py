@@ -144,8 +144,7 @@ def test_engines_agree_at_other_ranks_and_lengths(
     }
     mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
     batch = Batch(
-        input_ids=rng.integers(1, 50, mask.shape) * mask,
-        attention_mask=mask,
+        inputs={"input_ids": rng.integers(1, 50, mask.shape) * mask, "attention_mask": mask},
         labels=rng.integers(0, len(LABELS), len(lengths)),
         weights=np.full(len(lengths), 1 / len(lengths), np.float32),
     )

@@ -62,8 +62,10 @@ class TinyPackage:
         rng = np.random.default_rng(seed)
         mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
         return Batch(
-            input_ids=rng.integers(0, VOCABULARY, mask.shape) * mask,
-            attention_mask=mask,
+            inputs={
+                "input_ids": rng.integers(0, VOCABULARY, mask.shape) * mask,
+                "attention_mask": mask,
+            },
             labels=rng.integers(0, CLASSES, len(lengths)),
             weights=np.full(len(lengths), 1 / len(lengths), np.float32),
         )
@@ -71,8 +73,10 @@ class TinyPackage:
     def reference(self, adapter: Tensors, batch: Batch, scale: float = 2.0) -> Gradients:
         """Loss and gradients by the chain rule, in float64."""
         a, b, head, bias = (adapter[n].astype(np.float64) for n in (A, B, HEAD, BIAS))
-        mask = batch.attention_mask[:, :, None].astype(np.float64)
-        x = (self.embedding.astype(np.float64)[batch.input_ids] * mask).sum(1) / mask.sum(1)
+        mask = batch.inputs["attention_mask"][:, :, None].astype(np.float64)
+        x = (self.embedding.astype(np.float64)[batch.inputs["input_ids"]] * mask).sum(1) / mask.sum(
+            1
+        )
         down = x @ a.T
         features = x @ self.weight.T.astype(np.float64) + scale * down @ b.T
         logits = features @ head.T + bias
@@ -97,8 +101,8 @@ class TinyPackage:
         )
 
     def features(self, adapter: Tensors, batch: Batch, scale: float = 2.0) -> np.ndarray:
-        mask = batch.attention_mask[:, :, None]
-        x = (self.embedding[batch.input_ids] * mask).sum(1) / mask.sum(1)
+        mask = batch.inputs["attention_mask"][:, :, None]
+        x = (self.embedding[batch.inputs["input_ids"]] * mask).sum(1) / mask.sum(1)
         return x @ self.weight.T + scale * (x @ adapter[A].T) @ adapter[B].T
 
     def with_probe(self, *, error: float = 0.0) -> TinyPackage:
@@ -110,10 +114,9 @@ class TinyPackage:
             {
                 **{f"adapter.{name}": raw(value) for name, value in adapter.items()},
                 **{f"expected.{name}.grad": raw(value) for name, value in gradients.items()},
-                **{
-                    f"batch.{name}": raw(getattr(batch, name))
-                    for name in ("input_ids", "attention_mask", "labels", "weights")
-                },
+                **{f"batch.{name}": raw(value) for name, value in batch.inputs.items()},
+                "batch.labels": raw(batch.labels),
+                "batch.weights": raw(batch.weights),
             },
             {"expected.loss": expected.loss, "input.lora_scale": 2.0},
         )

@@ -15,7 +15,7 @@ import numpy as np
 from lorikit.proto.tensors import Bundle, Encoded, Float32, MalformedTensorError, Tensors, unpack
 from lorikit.sdk._errors import EngineDisagreesError, PackageError
 from lorikit.sdk._optimizer import global_norm
-from lorikit.sdk.engines._signature import GRADIENT_SUFFIX
+from lorikit.sdk.engines._signature import GRADIENT_SUFFIX, WHOLE_NUMBERS
 from lorikit.sdk.engines.base import Batch, Gradients
 
 TOLERANCE = 1e-3
@@ -49,8 +49,11 @@ def parse_probe(data: bytes) -> Probe:
         return Probe(
             adapter=_part(bundle, "adapter.", ""),
             batch=Batch(
-                input_ids=batch["input_ids"].astype(np.int64),
-                attention_mask=batch["attention_mask"].astype(np.int64),
+                inputs={
+                    name: value.astype(np.int64) if name in WHOLE_NUMBERS else value
+                    for name, value in batch.items()
+                    if name not in ("labels", "weights")
+                },
                 labels=batch["labels"].astype(np.int64),
                 weights=batch["weights"],
             ),

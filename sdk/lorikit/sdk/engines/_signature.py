@@ -12,8 +12,11 @@ from lorikit.proto.tensors import Array, Tensors
 from lorikit.sdk._errors import PackageError
 from lorikit.sdk.engines.base import Batch
 
-BATCH_INPUTS = ("input_ids", "attention_mask", "labels", "weights")
+BATCH_INPUTS = ("input_ids", "attention_mask", "pixel_values", "labels", "weights")
 """Graph inputs that come from the batch."""
+
+WHOLE_NUMBERS = frozenset({"input_ids", "attention_mask", "labels"})
+"""Those of them that are int64; the others are float32."""
 
 GRADIENT_SUFFIX = ".grad"
 """What the output with a trained tensor's gradient adds to its name."""
@@ -70,9 +73,12 @@ def feeds(
 
 
 def _feed(name: str, adapter: Tensors, batch: Batch, inputs: Mapping[str, float]) -> Array:
-    if name in BATCH_INPUTS:
-        array: Array = getattr(batch, name)
-        return array
+    if name in batch.inputs:
+        return batch.inputs[name]
+    if name == "labels":
+        return batch.labels
+    if name == "weights":
+        return batch.weights
     if name in adapter:
         return np.ascontiguousarray(adapter[name])
     if name in inputs:

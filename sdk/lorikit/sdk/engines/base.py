@@ -12,21 +12,21 @@ import numpy as np
 import numpy.typing as npt
 
 from lorikit.proto.manifest import Manifest
-from lorikit.proto.tensors import Tensors
+from lorikit.proto.tensors import Array, Tensors
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Tokenised examples, padded to the longest of them."""
+    """Examples as the model reads them; texts are padded to the longest of them."""
 
-    input_ids: npt.NDArray[np.int64]
-    """Token ids, [batch, length]."""
-    attention_mask: npt.NDArray[np.int64]
-    """1 for tokens, 0 for padding, [batch, length]."""
+    inputs: Mapping[str, Array]
+    """The model's own inputs by name: ``input_ids`` and ``attention_mask`` (1 for tokens, 0 for
+    padding), int64 [batch, length], or ``pixel_values``, float32 [batch, channels, height, width].
+    """
     labels: npt.NDArray[np.int64]
-    """Class per example, [batch]."""
+    """Class per example, [batch], or per token, [batch, length]."""
     weights: npt.NDArray[np.float32]
-    """Weight of each example's loss, [batch]; their sum over a step is 1."""
+    """Weight of each label's loss, in the shape of ``labels``; their sum over a step is 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Gradients:
     loss: float
     """Sum over the examples of weight times loss."""
     correct: float
-    """Examples whose largest logit is their label."""
+    """Labels of positive weight that are their row's largest logit."""
     gradients: Tensors
     """Gradient of ``loss`` by trained tensor, in the tensor's shape."""
 
@@ -46,7 +46,7 @@ class Predictions:
     """Result of a forward pass."""
 
     logits: npt.NDArray[np.float32]
-    """[batch, classes]."""
+    """[batch, classes], or [batch, length, classes] where tokens are labelled."""
     features: npt.NDArray[np.float32]
     """Input of the task head, [batch, width]."""
 

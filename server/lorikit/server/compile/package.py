@@ -40,6 +40,10 @@ class Variant:
     lowest_trained_layer: int
     kept_layers: tuple[int, ...]
     runtime: str = "onnx"
+    recomputed_layers: tuple[int, ...] = ()
+    """Layers whose forward values are made again for the backward pass instead of being kept."""
+    kernels: str = "lean"
+    """``lean``: least memory; ``fast``: kernels that hold a second, prepacked copy of weights."""
 
 
 def adapter_of(

@@ -45,6 +45,10 @@ class Choice:
     micro_batch: int
     predicted_peak_memory_bytes: int
     runtime: str
+    recomputed_layers: tuple[int, ...] = ()
+    """Layers whose forward values are made again for the backward pass."""
+    kernels: str = "lean"
+    """``lean`` or ``fast``; see ``compile.Variant``."""
 
 
 class MemoryModel(Protocol):
