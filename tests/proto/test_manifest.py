@@ -44,7 +44,15 @@ MANIFEST = Manifest(
     task=Task(kind="sequence-classification", labels=("ja", "nein", "vielleicht é")),
     graphs=(
         Graph(name="train", runtime="onnx", blob=TRAIN, inputs=("input_ids",), outputs=("loss",)),
-        Graph(name="predict", runtime="onnx", blob=PREDICT, inputs=(), outputs=("logits",)),
+        Graph(
+            name="predict",
+            runtime="onnx",
+            blob=PREDICT,
+            inputs=(),
+            outputs=("logits",),
+            minimum_runtime="1.22",
+            prepack=True,
+        ),
     ),
     adapter=(
         AdapterTensor(
@@ -157,6 +165,9 @@ def test_bytes_that_are_no_manifest_are_refused(data: bytes, reason: str) -> Non
         (lambda m: m["graphs"][0].update(blob=None), "BlobRef must be an object"),
         (lambda m: m["graphs"][0]["blob"].update(digest="../x"), "not a SHA-256 digest: '../x'"),
         (lambda m: m["graphs"][0]["blob"].update(size=-1), "size must be a whole number"),
+        (lambda m: m["graphs"][0].update(prepack=0), "prepack must be true or false, got 0"),
+        (lambda m: m["graphs"][0].update(minimum_runtime=1.2), "minimum_runtime must be a text"),
+        (lambda m: m["graphs"][0].update(minimum_runtime="new"), "minimum_runtime must be numbers"),
         (lambda m: m["adapter"][0].update(shape=["r", 4]), "shape must be a whole number"),
         (lambda m: m["adapter"][0].update(shape=[-1]), "shape must be a whole number"),
         (lambda m: m["adapter"][0].update(layer=-2), "layer must be a whole number of at least -1"),

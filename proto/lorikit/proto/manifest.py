@@ -19,6 +19,7 @@ MANIFEST_FORMAT = 1
 """Manifest format that this version writes, and the highest it reads."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_RELEASE = re.compile(r"\d{1,6}(\.\d{1,6}){0,3}", re.ASCII)
 _HUGE = 10**300
 """Facts lie below it: JSON knows whole numbers that no float can hold."""
 
@@ -84,7 +85,7 @@ class Graph:
     """One ONNX graph of the package."""
 
     name: str
-    """``train``, ``predict``."""
+    """``train``, ``predict``, ``evaluate`` (loss and correct labels without gradients), ..."""
     runtime: str
     """``onnx`` (standard and contrib operators of stock onnxruntime) or ``onnx-training``."""
     blob: BlobRef
@@ -92,6 +93,19 @@ class Graph:
     """Names of all inputs: ``input_ids``, ``attention_mask``, ``labels``, ``weights``, scalar
     inputs of the plan, and adapter tensors."""
     outputs: tuple[str, ...]
+    minimum_runtime: str = ""
+    """Oldest release of the runtime that has every operator of the graph, for example ``1.22``;
+    empty where any supported release will do."""
+    prepack: bool = False
+    """Whether the runtime may keep weights in a second layout for faster kernels; memory was
+    planned for it."""
+
+    def __post_init__(self) -> None:
+        if self.minimum_runtime and not _RELEASE.fullmatch(self.minimum_runtime):
+            raise ManifestError(
+                f"graph {self.name!r}: minimum_runtime must be numbers and dots, "
+                f"got {self.minimum_runtime!r:.80}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,14 +277,13 @@ def _graph(value: object) -> Graph:
         blob=_blob(fields["blob"]),
         inputs=_texts(fields, "inputs"),
         outputs=_texts(fields, "outputs"),
+        minimum_runtime=_text(fields, "minimum_runtime"),
+        prepack=_flag(fields, "prepack"),
     )
 
 
 def _adapter_tensor(value: object) -> AdapterTensor:
     fields = _object(value, AdapterTensor)
-    trained = fields["trained"]
-    if not isinstance(trained, bool):
-        raise _wrong("trained", "true or false", trained)
     return AdapterTensor(
         name=_text(fields, "name"),
         role=_text(fields, "role"),
@@ -280,7 +293,7 @@ def _adapter_tensor(value: object) -> AdapterTensor:
             "rank" if length == "rank" else _checked_whole("shape", length)
             for length in _items(fields, "shape")
         ),
-        trained=trained,
+        trained=_flag(fields, "trained"),
     )
 
 
@@ -335,6 +348,13 @@ def _whole(fields: _Fields, name: str, *, least: int = 0) -> int:
 
 def _wholes(fields: _Fields, name: str) -> tuple[int, ...]:
     return tuple(_checked_whole(name, item) for item in _items(fields, name))
+
+
+def _flag(fields: _Fields, name: str) -> bool:
+    value = fields[name]
+    if not isinstance(value, bool):
+        raise _wrong(name, "true or false", value)
+    return value
 
 
 def _numbers(fields: _Fields, name: str) -> dict[str, float]:
