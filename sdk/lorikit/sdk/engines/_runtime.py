@@ -7,6 +7,7 @@ module and differ in kernels only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -121,17 +122,36 @@ class OnnxEngine:
             graph = self._manifest.graph(name, self._runtime)
         except ManifestError as error:
             raise UnsupportedPackageError(str(error)) from error
-        session = _open_session(self._folder / graph.blob.digest, self._threads)
+        _check_release(graph)
+        session = _open_session(self._folder / graph.blob.digest, self._threads, graph.prepack)
         _check_interface(graph, session)
         self._open = (graph, session)
         return self._open
 
 
-def _open_session(path: Path, threads: int) -> Any:  # noqa: ANN401  # onnxruntime has no types
-    try:
-        return onnxruntime.InferenceSession(
-            str(path), _options(threads), providers=["CPUExecutionProvider"]
+def _check_release(graph: Graph) -> None:
+    """Refuse a graph that names a newer runtime than this one, before it is opened."""
+    if _numbers(onnxruntime.__version__) < _numbers(graph.minimum_runtime):
+        raise UnsupportedPackageError(
+            f"graph {graph.name!r} needs onnxruntime {graph.minimum_runtime} or newer, here is "
+            f"{onnxruntime.__version__}: pip install --upgrade onnxruntime"
         )
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """The numbers of a release, without zeros at its end; empty for an empty text."""
+    match = re.match(r"\d+(\.\d+)*", release)
+    numbers = [int(number) for number in match[0].split(".")] if match else []
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def _open_session(path: Path, threads: int, prepack: bool) -> Any:  # noqa: ANN401  # onnxruntime has no types
+    options = _options(threads)
+    options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's errors share no other base
         raise _translated(error, f"opening graph {path.name}") from error
 
@@ -149,7 +169,8 @@ def _options(threads: int) -> Any:  # noqa: ANN401  # onnxruntime has no types
     * Arena off: 126 here, but 707 against 275 at 8 x 128 tokens, and slower: glibc keeps what is
       freed. Arena growing by what is asked only: the same resident, 70 MB less reserved there.
     * Spinning on: the same memory; steps 3 times slower where other processes want the cores.
-    * Pre-packing: no difference for weights that are de-quantised, twice the memory for others.
+    * Pre-packing: no difference for weights that are de-quantised, twice the memory for others;
+      so it is on only for graphs whose memory was planned with it (``Graph.prepack``).
     * MALLOC_ARENA_MAX, MALLOC_TRIM_THRESHOLD_, PYTHONMALLOC: within 1 MB, so left alone.
     """
     options = onnxruntime.SessionOptions()
@@ -160,7 +181,6 @@ def _options(threads: int) -> Any:  # noqa: ANN401  # onnxruntime has no types
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_mem_pattern = False
     options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
