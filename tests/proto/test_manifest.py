@@ -17,10 +17,13 @@ from hypothesis import strategies as st
 from lorikit.proto.manifest import (
     AdapterTensor,
     BlobRef,
+    CacheShape,
     Graph,
+    ImageInput,
     Manifest,
     ManifestError,
     Task,
+    TextInput,
     WeightTensor,
     digest_of,
     dump,
@@ -78,6 +81,9 @@ MANIFEST = Manifest(
     weight_blobs=(WEIGHTS,),
     tokenizer=TOKENIZER,
     probe=None,
+    text=TextInput(max_positions=64, pad_id=1, mask_id=4, end_ids=(2, 3)),
+    image=ImageInput(height=4, width=6, shortest_edge=8, mean=(0.5,), std=(0.25,)),
+    cache=CacheShape(heads=2, width=8),
     facts={"parameters": 22.7e6},
 )
 
@@ -175,6 +181,14 @@ def test_bytes_that_are_no_manifest_are_refused(data: bytes, reason: str) -> Non
         (lambda m: m["weights"][0].update(blob="/etc/passwd"), "'embedding': not a SHA-256"),
         (lambda m: m["weights"][0].update(shape=[2, "rank"]), "shape must be a whole number"),
         (lambda m: m.update(tokenizer="d" * 64), "BlobRef must be an object"),
+        (lambda m: m.update(text=[]), "TextInput must be an object"),
+        (lambda m: m["text"].update(mask_id=-2), "mask_id must be a whole number of at least -1"),
+        (lambda m: m["text"].update(end_ids=2), "end_ids must be a list"),
+        (lambda m: m["image"].update(height=0), "an image has pixels, got 0 x 6"),
+        (lambda m: m["image"].update(shortest_edge=5), "4 x 6 cannot be cut out"),
+        (lambda m: m["image"].update(mean=[0, 0]), "mean and std need 1 or 3 numbers"),
+        (lambda m: m["image"].update(std=[0]), "std must be positive"),
+        (lambda m: m["cache"].update(heads=0), "a cache has heads and width, got 0, 8"),
         (lambda m: m.update(facts=[]), "facts must be an object"),
         (lambda m: m["facts"].update(flops="many"), r"facts\['flops'\] must be a finite number"),
         (lambda m: m["facts"].update(flops=10**400), r"facts\['flops'\] must be a finite number"),
@@ -219,3 +233,9 @@ def test_any_value_of_any_field_is_a_manifest_or_an_error(field: str, value: obj
 def test_any_bytes_are_refused_with_a_manifest_error(data: bytes) -> None:
     with pytest.raises(ManifestError):
         load(data)
+
+
+def test_package_may_lack_what_its_model_does_not_read() -> None:
+    bare = dataclasses.replace(MANIFEST, text=None, image=None, cache=None)
+
+    assert load(dump(bare)) == bare

@@ -125,6 +125,63 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextInput:
+    """What a device must know of a model that reads tokens, beside its tokeniser."""
+
+    max_positions: int = 0
+    """Most tokens the model can read at once; 0: no bound known."""
+    pad_id: int = 0
+    """Token that fills up shorter examples; never attended to."""
+    mask_id: int = -1
+    """Token that hides another one in masked language modelling; -1: there is none."""
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end a generated text; the first of them ends a text that is trained on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageInput:
+    """How an image becomes ``pixel_values``: resize, crop, scale to 0..1, subtract, divide."""
+
+    height: int
+    """Rows that the model reads."""
+    width: int
+    """Columns that the model reads."""
+    shortest_edge: int = 0
+    """Length to which the shorter side is resized before the centre is cut out; 0: the whole
+    image is resized to ``height`` x ``width``."""
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """By channel; there are as many channels as numbers: 3 (RGB) or 1 (grey)."""
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width) < 1:
+            raise ManifestError(f"an image has pixels, got {self.height} x {self.width}")
+        if 0 < self.shortest_edge < max(self.height, self.width):
+            raise ManifestError(
+                f"{self.height} x {self.width} cannot be cut out of an image whose shorter side "
+                f"is {self.shortest_edge}"
+            )
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
+            raise ManifestError(f"mean and std need 1 or 3 numbers, got {self.mean}, {self.std}")
+        if not min(self.std) > 0:
+            raise ManifestError(f"std must be positive, got {self.std}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheShape:
+    """What one layer's keys, and its values, take in the cache of the ``decode`` graph."""
+
+    heads: int
+    """Heads of keys and values; fewer than those of queries where they share them."""
+    width: int
+    """Numbers in a head."""
+
+    def __post_init__(self) -> None:
+        if min(self.heads, self.width) < 1:
+            raise ManifestError(f"a cache has heads and width, got {self.heads}, {self.width}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything a device needs to know to open and run a package."""
 
@@ -152,6 +209,12 @@ class Manifest:
     probe: BlobRef | None
     """A bundle with one batch, an adapter, and the loss and gradients torch + PEFT gives for it; a
     device compares its own engine with it before the first use."""
+    text: TextInput | None = None
+    """None for models that read no tokens."""
+    image: ImageInput | None = None
+    """None for models that read no images."""
+    cache: CacheShape | None = None
+    """None for packages without a ``decode`` graph."""
     facts: Mapping[str, float] = field(default_factory=dict)
     """Measured and predicted numbers by name, for reports: parameters, FLOPs per token, bytes."""
 
@@ -254,6 +317,9 @@ def _manifest(value: object) -> Manifest:
         weight_blobs=tuple(_blob(item) for item in _items(fields, "weight_blobs")),
         tokenizer=_optional_blob(fields["tokenizer"]),
         probe=_optional_blob(fields["probe"]),
+        text=_text_input(fields["text"]),
+        image=_image_input(fields["image"]),
+        cache=_cache_shape(fields["cache"]),
         facts=_numbers(fields, "facts"),
     )
 
@@ -267,6 +333,38 @@ def _task(value: object) -> Task:
         label_column=_text(fields, "label_column"),
         image_column=_text(fields, "image_column"),
     )
+
+
+def _text_input(value: object) -> TextInput | None:
+    if value is None:
+        return None
+    fields = _object(value, TextInput)
+    return TextInput(
+        max_positions=_whole(fields, "max_positions"),
+        pad_id=_whole(fields, "pad_id"),
+        mask_id=_whole(fields, "mask_id", least=-1),
+        end_ids=_wholes(fields, "end_ids"),
+    )
+
+
+def _image_input(value: object) -> ImageInput | None:
+    if value is None:
+        return None
+    fields = _object(value, ImageInput)
+    return ImageInput(
+        height=_whole(fields, "height"),
+        width=_whole(fields, "width"),
+        shortest_edge=_whole(fields, "shortest_edge"),
+        mean=tuple(_checked_number("mean", item) for item in _items(fields, "mean")),
+        std=tuple(_checked_number("std", item) for item in _items(fields, "std")),
+    )
+
+
+def _cache_shape(value: object) -> CacheShape | None:
+    if value is None:
+        return None
+    fields = _object(value, CacheShape)
+    return CacheShape(heads=_whole(fields, "heads"), width=_whole(fields, "width"))
 
 
 def _graph(value: object) -> Graph:
