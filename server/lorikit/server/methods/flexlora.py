@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from lorikit.proto.tensors import Tensors
 from lorikit.server.aggregate.mean import HolderMean
 from lorikit.server.aggregate.product import ProductMean
 from lorikit.server.aggregate.split import Split, split
@@ -17,37 +14,22 @@ from lorikit.server.methods.adapters import (
     Weighting,
     adapter_of,
     device_weight,
-    every_layer,
-    leading_ranks,
     outside_pairs,
-    same_ranks,
     sent_tensors,
 )
-from lorikit.server.methods.base import AdapterSpace, Assignment, Contribution, Participant, State
-from lorikit.server.methods.device_ranks import DeviceRankConfig, RankRule, device_ranks
+from lorikit.server.methods.base import AdapterSpace, Contribution, State
+from lorikit.server.methods.rank_per_device import RankPerDevice, RankPerDeviceConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FlexLoRAConfig:
+class FlexLoRAConfig(RankPerDeviceConfig):
     """What FlexLoRA leaves to the user."""
 
     split: Split = "b"
     """``b``: all singular values go to B (the paper's code); ``sqrt``: half to each side, so that
     A and B have comparable sizes."""
-    rank_rule: RankRule = "budget"
-    """See ``DeviceRankConfig.rule``."""
-    min_rank: int = 2
-    """Smallest rank of a device; at least 1."""
-    reference_bytes: int = 0
-    """See ``DeviceRankConfig.reference_bytes``."""
-    budget_exponent: float = 1.0
-    """See ``DeviceRankConfig.budget_exponent``."""
-    law_exponent: float = 0.1
-    """See ``DeviceRankConfig.law_exponent``."""
     weighting: Weighting = "data"
     """``data`` (the paper) or ``uniform``."""
-    scale: float = 2.0
-    """LoRA scale s that the receivers run with."""
 
     def __post_init__(self) -> None:
         if self.split not in ("b", "sqrt"):
@@ -56,20 +38,10 @@ class FlexLoRAConfig:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {self.weighting!r}")
         if self.scale == 0:
             raise ValueError("scale must not be 0")
-        self.ranks()
-
-    def ranks(self) -> DeviceRankConfig:
-        """The options that say which rank a device gets."""
-        return DeviceRankConfig(
-            rule=self.rank_rule,
-            min_rank=self.min_rank,
-            reference_bytes=self.reference_bytes,
-            budget_exponent=self.budget_exponent,
-            law_exponent=self.law_exponent,
-        )
+        RankPerDeviceConfig.__post_init__(self)
 
 
-class FlexLoRA:
+class FlexLoRA(RankPerDevice[FlexLoRAConfig]):
     """Mean of ``s_k B_k A_k``, cut to each receiver's rank by its singular values.
 
     Per module ``D = sum p_k s_k B_k A_k = U S V^T``; a receiver of rank r gets ``A = V_r^T`` and
@@ -86,27 +58,7 @@ class FlexLoRA:
 
     def __init__(self, config: FlexLoRAConfig | None = None) -> None:
         """Args are the method's options; the defaults are the paper's where it says them."""
-        self.config = config or FlexLoRAConfig()
-
-    def start(self, space: AdapterSpace, initial: Tensors) -> State:
-        """The initial adapter at the largest rank."""
-        return State(tensors=dict(initial))
-
-    def assign(
-        self,
-        state: State,
-        space: AdapterSpace,
-        round_number: int,
-        cohort: Sequence[Participant],
-        rng: np.random.Generator,
-    ) -> tuple[Assignment, ...]:
-        """Full depth at the device's own rank."""
-        ranks = device_ranks(self.config.ranks(), state, cohort, space.max_rank, rng)
-        return tuple(self._assignment(d.device_id, space, ranks[d.device_id]) for d in cohort)
-
-    def broadcast(self, state: State, space: AdapterSpace, assignment: Assignment) -> Tensors:
-        """The best approximation of the mean at the device's rank."""
-        return leading_ranks(adapter_of(state, space), space, assignment.ranks)
+        super().__init__(config or FlexLoRAConfig())
 
     def aggregate(
         self, state: State, space: AdapterSpace, contributions: Iterable[Contribution]
@@ -138,11 +90,6 @@ class FlexLoRA:
                 )
         return replace(state, tensors=tensors, devices=devices)
 
-    def global_adapter(self, state: State, space: AdapterSpace, rank: int | None = None) -> Tensors:
-        """The mean at the largest rank, or its best approximation of a smaller one."""
-        wanted = space.max_rank if rank is None else rank
-        return leading_ranks(adapter_of(state, space), space, same_ranks(space, wanted))
-
     def _add(
         self,
         space: AdapterSpace,
@@ -166,13 +113,3 @@ class FlexLoRA:
                 )
                 rank = max(rank, sent[a.name].shape[0])
         return rank or max(contribution.assignment.ranks.values())
-
-    def _assignment(self, device_id: str, space: AdapterSpace, rank: int) -> Assignment:
-        layers = every_layer(space)
-        return Assignment(
-            device_id=device_id,
-            ranks=same_ranks(space, rank),
-            trained_layers=layers,
-            kept_layers=layers,
-            scale=self.config.scale,
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,15 +18,12 @@ from lorikit.server.aggregate.norms import product_norm
 from lorikit.server.aggregate.ranks import pad
 from lorikit.server.methods.adapters import (
     adapter_of,
-    every_layer,
-    leading_ranks,
     outside_pairs,
-    same_ranks,
     sent_tensors,
     shapes_of,
 )
-from lorikit.server.methods.base import AdapterSpace, Assignment, Contribution, Participant, State
-from lorikit.server.methods.device_ranks import DeviceRankConfig, RankRule, device_ranks
+from lorikit.server.methods.base import AdapterSpace, Assignment, Contribution, State
+from lorikit.server.methods.rank_per_device import RankPerDevice, RankPerDeviceConfig
 
 HetWeighting = Literal["norm", "norm-data", "data"]
 _CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -38,8 +35,8 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HetLoRAConfig:
-    """What HETLORA leaves to the user."""
+class HetLoRAConfig(RankPerDeviceConfig):
+    """What HETLORA leaves to the user; the paper has ``min_rank`` 5 with a largest rank of 50."""
 
     gamma: float = 0.99
     """Where the tail starts and the factor ranks shrink by: the tail is rank indices
@@ -49,16 +46,6 @@ class HetLoRAConfig:
     penalty_over: Literal["mean", "sum"] = "mean"
     """``sum`` over the modules (the paper) or ``mean``, so that lambda means the same for every
     model."""
-    rank_rule: RankRule = "budget"
-    """See ``DeviceRankConfig.rule``."""
-    min_rank: int = 2
-    """r_min; the paper uses 5 with r_max = 50."""
-    reference_bytes: int = 0
-    """See ``DeviceRankConfig.reference_bytes``."""
-    budget_exponent: float = 1.0
-    """See ``DeviceRankConfig.budget_exponent``."""
-    law_exponent: float = 0.1
-    """See ``DeviceRankConfig.law_exponent``."""
     weighting: HetWeighting = "norm"
     """``norm``: S_k (the paper); ``norm-data``: n_k S_k; ``data``: n_k, plain zero padding."""
     granularity: Literal["device", "module"] = "device"
@@ -69,8 +56,6 @@ class HetLoRAConfig:
     norm_limit: float = 0.0
     """Largest S_k, in medians of the round before; 0 for no limit. 3 guards against a device that
     diverges."""
-    scale: float = 2.0
-    """LoRA scale s, the same whatever the rank."""
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 1:
@@ -82,20 +67,10 @@ class HetLoRAConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        self.ranks()
-
-    def ranks(self) -> DeviceRankConfig:
-        """The options that say which rank a device gets."""
-        return DeviceRankConfig(
-            rule=self.rank_rule,
-            min_rank=self.min_rank,
-            reference_bytes=self.reference_bytes,
-            budget_exponent=self.budget_exponent,
-            law_exponent=self.law_exponent,
-        )
+        RankPerDeviceConfig.__post_init__(self)
 
 
-class HetLoRA:
+class HetLoRA(RankPerDevice[HetLoRAConfig]):
     """Mixed ranks by truncation, self-pruning with a tail penalty, and norm-weighted zero padding.
 
     Distribution: ``A_k = Abar[0:r_k]``, ``B_k = Bbar[:, 0:r_k]``. The device adds
@@ -113,27 +88,7 @@ class HetLoRA:
 
     def __init__(self, config: HetLoRAConfig | None = None) -> None:
         """Args are the method's options; the defaults are the paper's where it says them."""
-        self.config = config or HetLoRAConfig()
-
-    def start(self, space: AdapterSpace, initial: Tensors) -> State:
-        """The initial adapter at r_max."""
-        return State(tensors=dict(initial))
-
-    def assign(
-        self,
-        state: State,
-        space: AdapterSpace,
-        round_number: int,
-        cohort: Sequence[Participant],
-        rng: np.random.Generator,
-    ) -> tuple[Assignment, ...]:
-        """Full depth at the device's own rank."""
-        ranks = device_ranks(self.config.ranks(), state, cohort, space.max_rank, rng)
-        return tuple(self._assignment(d.device_id, space, ranks[d.device_id]) for d in cohort)
-
-    def broadcast(self, state: State, space: AdapterSpace, assignment: Assignment) -> Tensors:
-        """The first r_k ranks of the global adapter."""
-        return leading_ranks(adapter_of(state, space), space, assignment.ranks)
+        super().__init__(config or HetLoRAConfig())
 
     def aggregate(
         self, state: State, space: AdapterSpace, contributions: Iterable[Contribution]
@@ -156,11 +111,6 @@ class HetLoRA:
             scalars={**state.scalars, **scalars},
         )
 
-    def global_adapter(self, state: State, space: AdapterSpace, rank: int | None = None) -> Tensors:
-        """The global adapter, cut as a device of that rank would get it."""
-        wanted = space.max_rank if rank is None else rank
-        return leading_ranks(adapter_of(state, space), space, same_ranks(space, wanted))
-
     def _norm_limit(self, state: State) -> float:
         """Largest S_k; no limit in the first round."""
         if self.config.norm_limit == 0 or "median_norm" not in state.scalars:
@@ -169,21 +119,18 @@ class HetLoRA:
 
     def _assignment(self, device_id: str, space: AdapterSpace, rank: int) -> Assignment:
         config = self.config
-        layers = every_layer(space)
-        prunes = rank > config.min_rank and math.floor(config.gamma * rank) < rank
+        work = super()._assignment(device_id, space, rank)
+        if rank <= config.min_rank or math.floor(config.gamma * rank) == rank:
+            return work
         tail = {"keep": config.gamma, "min_rank": config.min_rank}
         modules = len(space.pairs()) if config.penalty_over == "mean" else 1
         penalty = Operation(
             name="tail_penalty", arguments={"weight": config.penalty / modules, **tail}
         )
-        return Assignment(
-            device_id=device_id,
-            ranks=same_ranks(space, rank),
-            trained_layers=layers,
-            kept_layers=layers,
-            scale=config.scale,
-            gradient_operations=(penalty,) if prunes and config.penalty > 0 else (),
-            operations=(Operation(name="prune_tail", arguments=tail),) if prunes else (),
+        return replace(
+            work,
+            gradient_operations=(penalty,) if config.penalty > 0 else (),
+            operations=(Operation(name="prune_tail", arguments=tail),),
         )
 
 
