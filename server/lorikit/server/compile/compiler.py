@@ -6,6 +6,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +15,19 @@ import numpy.typing as npt
 import onnxruntime
 
 from lorikit.proto.manifest import BlobRef, Manifest, Task, dump
+from lorikit.proto.manifest import Graph as GraphRow
 from lorikit.proto.tensors import Float32, Tensors
-from lorikit.server.compile.export import Model, export_forward, load_model
+from lorikit.server.compile.export import export_forward
 from lorikit.server.compile.graph import Graph
+from lorikit.server.compile.insertion import AdapterConfig
 from lorikit.server.compile.memory import peak_memory
+from lorikit.server.compile.models import Model, load_model
 from lorikit.server.compile.onnx_format import to_onnx
 from lorikit.server.compile.package import (
     Package,
     Variant,
     adapter_of,
+    evaluation_graph,
     manifest_graph,
     prediction_graph,
     probe_bundle,
@@ -29,7 +35,13 @@ from lorikit.server.compile.package import (
     with_base,
 )
 from lorikit.server.compile.tokens import Tokenizer
-from lorikit.server.compile.verify import check_predict_graph, check_train_graph, make_probe
+from lorikit.server.compile.verify import (
+    Probe,
+    check_evaluate_graph,
+    check_predict_graph,
+    check_train_graph,
+    make_probe,
+)
 from lorikit.server.compile.weights import Base, frozen_weights, store_base
 from lorikit.server.errors import UnsupportedModelError, VerificationError
 from lorikit.server.methods.base import AdapterSpace
@@ -51,7 +63,8 @@ class Compiler:
         model_folder: Path,
         task: Task,
         *,
-        targets: Sequence[str],
+        adapter: AdapterConfig | None = None,
+        targets: Sequence[str] = (),
         blobs: FolderBlobs,
         training_python: Path | None = None,
         progress: Progress | None = None,
@@ -61,6 +74,7 @@ class Compiler:
         Args:
             model_folder: Local Hugging Face folder.
             task: What it is trained for.
+            adapter: What trains beside the head; None for LoRA on ``targets``.
             targets: Linear modules that get LoRA, by name, for example ``("query", "value")``.
             blobs: Where artefacts are published.
             training_python: Interpreter of an environment with onnxruntime-training, which verifies
@@ -82,22 +96,25 @@ class Compiler:
         self._graphs: dict[Variant, Graph] = {}
         self._sessions: dict[tuple[int, ...], onnxruntime.InferenceSession] = {}
         self._say(f"loading {self._folder.name}")
-        self._model: Model = load_model(self._folder, task, targets)
+        self.adapter = adapter or AdapterConfig(targets=tuple(targets))
+        self._model: Model = load_model(self._folder, task, self.adapter)
         self.layer_count = self._model.layer_count
         self.model_digest = _weights_digest(self._folder)
-        self.targets = tuple(targets)
+        self.targets = self.adapter.targets
         self.architecture = self._model.architecture.class_name
         self._say("exporting the forward graph")
         self._forward = export_forward(self._model)
         self._frozen, self._tables = frozen_weights(
             self._forward, {name for name, _ in self._model.module.named_parameters()}
         )
-        self._initial_head = {
+        self._initial = {
             t.name: self._model.adapter_parameter(t.name).detach().numpy().copy()
             for t in self._model.adapter
-            if t.role == "head"
+            if t.role not in ("lora_A", "lora_B")
         }
-        self._tokenizer = Tokenizer(self._folder)
+        self._tokenizer = (
+            Tokenizer(self._folder) if "input_ids" in self._model.kind.inputs else None
+        )
 
     def space(self, max_rank: int) -> AdapterSpace:
         """The adapter tensors of the full model."""
@@ -106,7 +123,7 @@ class Compiler:
         )
 
     def initial(self, max_rank: int, seed: int) -> Tensors:
-        """Start values: A Kaiming-uniform as in PEFT, B zero, head as the model has it.
+        """Start values: A Kaiming-uniform as in PEFT, B zero, others as the model has them.
 
         Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1, with PEFT's
         initialisation of A, uniform in +-1 / sqrt(d_in).
@@ -118,10 +135,10 @@ class Compiler:
             if tensor.role == "lora_A":
                 bound = 1 / np.sqrt(shape[1])
                 values[tensor.name] = rng.uniform(-bound, bound, shape).astype(np.float32)
-            elif tensor.role == "head":
-                values[tensor.name] = self._initial_head[tensor.name].copy()
-            else:
+            elif tensor.role == "lora_B":
                 values[tensor.name] = np.zeros(shape, np.float32)
+            else:
+                values[tensor.name] = self._initial[tensor.name].copy()
         return values
 
     def package(
@@ -131,6 +148,8 @@ class Compiler:
         lowest_trained_layer: int,
         kept_layers: Sequence[int] | None = None,
         runtime: str = "onnx",
+        recomputed_layers: Sequence[int] = (),
+        kernels: str = "lean",
     ) -> Package:
         """The package of a variant: compiled, verified and published at the first call.
 
@@ -140,7 +159,14 @@ class Compiler:
         """
         if self._training_python is None:
             runtime = "onnx"
-        variant = self._variant(precision, lowest_trained_layer, kept_layers, runtime)
+        variant = self._variant(
+            precision,
+            lowest_trained_layer,
+            kept_layers,
+            runtime,
+            recomputed_layers=recomputed_layers,
+            kernels=kernels,
+        )
         with self._lock:
             if variant not in self._packages:
                 self._packages[variant] = self._build(variant)
@@ -221,6 +247,8 @@ class Compiler:
         kept_layers: Sequence[int] | None = None,
     ) -> Float32:
         """Logits of the fp32 model with an adapter, [texts, classes]; evaluation on the server."""
+        tokenizer = self._tokenizer
+        assert tokenizer is not None
         kept = tuple(range(self.layer_count)) if kept_layers is None else tuple(kept_layers)
         session = self._evaluation_session(kept)
         inputs = {port.name for port in session.get_inputs()}
@@ -232,17 +260,29 @@ class Compiler:
         result = np.zeros((len(texts), len(self._task.labels)), np.float32)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            ids, mask = self._tokenizer.batch([texts[i] for i in rows], max_length)
+            ids, mask = tokenizer.batch([texts[i] for i in rows], max_length)
             feeds = {"input_ids": ids, "attention_mask": mask, **fixed}
             result[rows] = session.run(["logits"], feeds)[0]
         return result
 
     def _variant(
-        self, precision: str, lowest: int, kept: Sequence[int] | None, runtime: str
+        self,
+        precision: str,
+        lowest: int,
+        kept: Sequence[int] | None,
+        runtime: str,
+        *,
+        recomputed_layers: Sequence[int] = (),
+        kernels: str = "lean",
     ) -> Variant:
         layers = tuple(range(self.layer_count)) if kept is None else tuple(kept)
         return Variant(
-            precision=precision, lowest_trained_layer=lowest, kept_layers=layers, runtime=runtime
+            precision=precision,
+            lowest_trained_layer=lowest,
+            kept_layers=layers,
+            runtime=runtime,
+            recomputed_layers=tuple(recomputed_layers),
+            kernels=kernels,
         )
 
     def _base(self, precision: str) -> Base:
@@ -260,15 +300,13 @@ class Compiler:
     def _train_graph(self, variant: Variant) -> Graph:
         adapter = adapter_of(self._model.adapter, variant, self.layer_count)
         trained = [tensor.name for tensor in adapter if tensor.trained]
-        return training_graph(
-            self._forward, self._model.architecture, variant, trained, self.layer_count
-        )
+        return training_graph(self._forward, self._model, variant, trained)
 
     def _with_weights(self, variant: Variant) -> Graph:
         """The training graph of a variant, reading its base; kept for memory predictions."""
         if variant not in self._graphs:
             base = self._base(variant.precision)
-            self._graphs[variant], _ = with_base(self._train_graph(variant), base, variant.runtime)
+            self._graphs[variant], _ = with_base(self._train_graph(variant), base, variant)
         return self._graphs[variant]
 
     def _build(self, variant: Variant) -> Package:
@@ -279,16 +317,9 @@ class Compiler:
         base = self._base(variant.precision)
         adapter = adapter_of(self._model.adapter, variant, self.layer_count)
         trained = [tensor.name for tensor in adapter if tensor.trained]
-        train = self._with_weights(variant)
-        plain = prediction_graph(self._forward, self._model.architecture, variant, self.layer_count)
-        predict, used = with_base(plain, base, variant.runtime)
         probe = make_probe(self._model, base, variant.kept_layers, trained)
         self._say("verifying against torch + PEFT")
-        python = self._training_python if variant.runtime == "onnx-training" else None
-        train_blob, worst = self._verified(
-            train, lambda path: check_train_graph(path, probe, python)
-        )
-        predict_blob, _ = self._verified(predict, lambda path: check_predict_graph(path, probe))
+        rows, used, facts = self._graphs_of(variant, base, probe)
         blobs = {base.stored[name].blob for name in used}
         manifest = Manifest(
             model=self._folder.name,
@@ -299,26 +330,47 @@ class Compiler:
             kept_layers=variant.kept_layers,
             lowest_trained_layer=variant.lowest_trained_layer,
             task=self._task,
-            graphs=(
-                manifest_graph("train", variant.runtime, train, train_blob),
-                manifest_graph("predict", "onnx", predict, predict_blob),
-            ),
+            graphs=rows,
             adapter=adapter,
             weights=base.manifest_entries(used),
             weight_blobs=tuple(
                 ref for _, ref in sorted(base.layer_blobs.items()) if ref.digest in blobs
             ),
-            tokenizer=self.blobs.put(self._tokenizer.file_bytes),
+            tokenizer=self.blobs.put(self._tokenizer.file_bytes) if self._tokenizer else None,
             probe=self.blobs.put(probe_bundle(probe, {t.name for t in adapter})),
-            facts={
-                "verified_relative_error": worst,
-                "nodes": float(len(train.nodes)),
-                "flops_per_token": float(
-                    self.flops_per_token(variant.lowest_trained_layer, variant.kept_layers)
-                ),
-            },
+            facts=facts,
         )
         return Package(manifest, self.blobs.put(dump(manifest)))
+
+    def _graphs_of(
+        self, variant: Variant, base: Base, probe: Probe
+    ) -> tuple[tuple[GraphRow, ...], set[str], dict[str, float]]:
+        """The verified graphs of a variant, the frozen tensors they read, and facts about them."""
+        python = self._training_python if variant.runtime == "onnx-training" else None
+        train = self._with_weights(variant)
+        blob, worst = self._verified(train, lambda path: check_train_graph(path, probe, python))
+        rows = [manifest_graph("train", variant, train, blob)]
+        used: set[str] = set()
+        plain = replace(variant, runtime="onnx")
+        others = {"evaluate": (evaluation_graph, check_evaluate_graph)}
+        if self._model.kind.trains_head:
+            others["predict"] = (prediction_graph, check_predict_graph)
+        for name, (make, check) in others.items():
+            forward = make(self._forward, self._model, plain)
+            graph, read = with_base(forward, base, plain)
+            blob, _ = self._verified(graph, partial(check, probe=probe))
+            rows.append(manifest_graph(name, plain, graph, blob))
+            used |= read
+        flops = self.flops_per_token(variant.lowest_trained_layer, variant.kept_layers)
+        return (
+            tuple(rows),
+            used,
+            {
+                "verified_relative_error": worst,
+                "nodes": float(len(train.nodes)),
+                "flops_per_token": float(flops),
+            },
+        )
 
     def _verified(self, graph: Graph, check: Callable[[Path], float]) -> tuple[BlobRef, float]:
         """Store a graph beside its weights and check it there; it does not stay if it fails."""

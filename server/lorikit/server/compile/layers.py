@@ -30,7 +30,7 @@ def keep_layers(graph: Graph, architecture: Architecture, kept: Sequence[int], c
         )
     for layer in reversed(range(count)):
         if layer not in kept:
-            entry, result = _stream(graph, architecture, layer)
+            entry, result = stream_of(graph, architecture, layer)
             graph.replace_uses(result, entry)
     remove_dead(graph)
     inputs = {name for node in graph.nodes for name in node.inputs}
@@ -41,7 +41,7 @@ def keep_layers(graph: Graph, architecture: Architecture, kept: Sequence[int], c
     ]
 
 
-def _stream(graph: Graph, architecture: Architecture, layer: int) -> tuple[str, str]:
+def stream_of(graph: Graph, architecture: Architecture, layer: int) -> tuple[str, str]:
     """Names of the hidden states that enter and leave a layer."""
     inside = [n for n in graph.nodes if architecture.layer_of(n.scope) == layer]
     made = {output for node in inside for output in node.outputs}

@@ -12,12 +12,13 @@ import numpy.typing as npt
 from lorikit.proto.manifest import AdapterTensor, BlobRef, Graph, Manifest
 from lorikit.proto.tensors import Bundle, pack, raw
 from lorikit.server.compile import graph as ir
-from lorikit.server.compile.architectures import Architecture
 from lorikit.server.compile.cleaning import merge_equal, remove_dead
 from lorikit.server.compile.fused_gradients import FUSED_RULES
 from lorikit.server.compile.gradients import RULES, add_gradients
 from lorikit.server.compile.layers import keep_layers
-from lorikit.server.compile.loss import add_classification_loss
+from lorikit.server.compile.loss import add_loss, add_vocabulary_loss
+from lorikit.server.compile.models import Model
+from lorikit.server.compile.recompute import recompute_layers
 from lorikit.server.compile.verify import Probe
 from lorikit.server.compile.weights import Base, read_weights
 from lorikit.server.errors import UnsupportedModelError
@@ -73,47 +74,51 @@ def adapter_of(
 
 
 def training_graph(
-    forward: ir.Graph,
-    architecture: Architecture,
-    variant: Variant,
-    trained: Sequence[str],
-    layer_count: int,
+    forward: ir.Graph, model: Model, variant: Variant, trained: Sequence[str]
 ) -> ir.Graph:
     """Forward, loss and backward of a variant; frozen weights are still fp32 constants.
 
     Outputs: ``loss``, ``correct`` and ``<name>.grad`` of each trained tensor.
     """
-    graph = _sub_model(forward, architecture, variant, layer_count)
-    seed = add_classification_loss(graph)
+    graph = _sub_model(forward, model, variant)
+    seeds = _add_loss(graph, model)
     rules = FUSED_RULES if variant.runtime == "onnx-training" else RULES
-    add_gradients(graph, {"logits": seed}, trained, rules)
-    graph.outputs = [p for p in graph.outputs if p.name not in ("logits", "features")]
+    add_gradients(graph, seeds, trained, rules)
+    _drop_outputs(graph, "logits", "features")
     merge_equal(graph)
+    remove_dead(graph)
+    recompute_layers(graph, model.architecture, variant.recomputed_layers)
+    return graph
+
+
+def evaluation_graph(forward: ir.Graph, model: Model, variant: Variant) -> ir.Graph:
+    """Forward and loss of a variant. Outputs: ``loss`` and ``correct``."""
+    graph = _sub_model(forward, model, variant)
+    _add_loss(graph, model)
+    _drop_outputs(graph, "logits", "features")
     remove_dead(graph)
     return graph
 
 
-def prediction_graph(
-    forward: ir.Graph, architecture: Architecture, variant: Variant, layer_count: int
-) -> ir.Graph:
+def prediction_graph(forward: ir.Graph, model: Model, variant: Variant) -> ir.Graph:
     """Forward of a variant. Outputs: ``logits`` and ``features``."""
-    return _sub_model(forward, architecture, variant, layer_count)
+    return _sub_model(forward, model, variant)
 
 
-def with_base(graph: ir.Graph, base: Base, runtime: str) -> tuple[ir.Graph, set[str]]:
+def with_base(graph: ir.Graph, base: Base, variant: Variant) -> tuple[ir.Graph, set[str]]:
     """The graph reading a stored base, and the names of the frozen tensors it reads."""
     used = {name for node in graph.nodes for name in node.inputs if name in base.stored}
     graph = graph.copy()
-    read_weights(graph, base, runtime)
+    read_weights(graph, base, variant.runtime)
     remove_dead(graph)
     return graph, used
 
 
-def manifest_graph(name: str, runtime: str, graph: ir.Graph, blob: BlobRef) -> Graph:
+def manifest_graph(name: str, variant: Variant, graph: ir.Graph, blob: BlobRef) -> Graph:
     """Manifest row of a graph."""
     return Graph(
         name=name,
-        runtime=runtime,
+        runtime=variant.runtime,
         blob=blob,
         inputs=tuple(port.name for port in graph.inputs),
         outputs=tuple(port.name for port in graph.outputs),
@@ -121,23 +126,46 @@ def manifest_graph(name: str, runtime: str, graph: ir.Graph, blob: BlobRef) -> G
 
 
 def probe_bundle(probe: Probe, names: set[str]) -> bytes:
-    """The probe as a blob: tensors ``batch.*``, ``adapter.*``, ``expected.*``, and scalars."""
+    """The probe as a blob: tensors ``batch.*``, ``adapter.*``, ``expected.*.grad``, and scalars."""
     batch: dict[str, npt.NDArray[np.generic]] = {
-        "input_ids": probe.input_ids,
-        "attention_mask": probe.attention_mask,
+        **probe.inputs,
         "labels": probe.labels,
         "weights": probe.weights,
     }
     tensors = {f"batch.{name}": raw(value.astype(np.float32)) for name, value in batch.items()}
     tensors |= {f"adapter.{n}": raw(v) for n, v in probe.adapter.items() if n in names}
     tensors |= {f"expected.{n}.grad": raw(v) for n, v in probe.gradients.items()}
-    tensors["expected.logits"] = raw(probe.logits)
     return pack(Bundle(tensors, {"expected.loss": probe.loss, "input.lora_scale": probe.scale}))
 
 
-def _sub_model(
-    forward: ir.Graph, architecture: Architecture, variant: Variant, layer_count: int
-) -> ir.Graph:
+def _sub_model(forward: ir.Graph, model: Model, variant: Variant) -> ir.Graph:
     graph = forward.copy()
-    keep_layers(graph, architecture, variant.kept_layers, layer_count)
+    keep_layers(graph, model.architecture, variant.kept_layers, model.layer_count)
     return graph
+
+
+def _add_loss(graph: ir.Graph, model: Model) -> dict[str, str]:
+    """Append the task's loss; its gradient by the value it was derived at."""
+    if model.kind.trains_head:
+        return {"logits": add_loss(graph)}
+    weight, bias = _frozen_head(graph)
+    return {"features": add_vocabulary_loss(graph, "features", weight, bias)}
+
+
+def _frozen_head(graph: ir.Graph) -> tuple[str, str | None]:
+    """Weight and bias of the linear map that makes the logits from the features."""
+    producers = graph.producers()
+    node, bias = producers["logits"], None
+    if node.op == "Add":
+        product = next(name for name in node.inputs if name in producers)
+        (bias,) = (name for name in node.inputs if name != product)
+        node = producers[product]
+    if node.op != "FusedMatMul" or node.inputs[0] != "features":
+        raise UnsupportedModelError(
+            f"the head ({node.op} of {', '.join(node.inputs)}) is not one linear map of its input"
+        )
+    return node.inputs[1], bias
+
+
+def _drop_outputs(graph: ir.Graph, *names: str) -> None:
+    graph.outputs = [port for port in graph.outputs if port.name not in names]

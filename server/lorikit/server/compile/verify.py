@@ -19,9 +19,9 @@ import numpy.typing as npt
 import onnxruntime
 import torch
 
-from lorikit.proto.tensors import Float32, Tensors
+from lorikit.proto.tensors import Array, Float32, Tensors
 from lorikit.server.compile import run_graph as run_graph_script
-from lorikit.server.compile.export import Model
+from lorikit.server.compile.models import Model
 from lorikit.server.compile.weights import Base
 from lorikit.server.errors import VerificationError
 
@@ -41,8 +41,8 @@ Int64 = npt.NDArray[np.int64]
 class Probe:
     """One step with known result; a device repeats it before it trusts its own engine."""
 
-    input_ids: Int64
-    attention_mask: Int64
+    inputs: Mapping[str, Array]
+    """What the model reads, by name."""
     labels: Int64
     weights: Float32
     scale: float
@@ -65,33 +65,24 @@ def make_probe(
         seed: Of batch and adapter.
     """
     rng = np.random.default_rng(seed)
-    vocabulary = int(getattr(model.module.config, "vocab_size", 1000))
-    classes = int(getattr(model.module.config, "num_labels", 2))
-    ids = rng.integers(1, vocabulary, (3, 9))
-    mask = np.ones_like(ids)
-    mask[1, 6:] = 0
-    labels = rng.integers(0, classes, 3)
-    weights = np.array([0.5, 0.3, 0.2], np.float32)
-    adapter = {
-        t.name: rng.normal(0, 0.05, [RANK if n == "rank" else int(n) for n in t.shape]).astype(
-            np.float32
-        )
-        for t in model.adapter
-    }
+    inputs = _probe_inputs(model, rng)
+    adapter = _probe_adapter(model, rng)
+    before = {t.name: model.adapter_parameter(t.name).data for t in model.adapter}
     model.set_adapter(adapter, SCALE)
     wanted = [model.adapter_parameter(name) for name in trained]
-    with _device_view(model, base, kept):
-        logits = model.module(
-            input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)
-        ).logits
-        losses = torch.nn.functional.cross_entropy(
-            logits, torch.from_numpy(labels), reduction="none"
-        )
-        loss = (losses * torch.from_numpy(weights)).sum()
-        gradients = torch.autograd.grad(loss, wanted)
+    try:
+        with _device_view(model, base, kept):
+            logits, _ = model.forward({n: torch.from_numpy(a) for n, a in inputs.items()})
+            labels, weights = _probe_labels(model, inputs, logits, rng)
+            losses = torch.nn.functional.cross_entropy(
+                logits.flatten(0, -2), torch.from_numpy(labels).flatten(), reduction="none"
+            )
+            loss = (losses * torch.from_numpy(weights).flatten()).sum()
+            gradients = torch.autograd.grad(loss, wanted)
+    finally:
+        model.set_adapter({name: value.numpy() for name, value in before.items()}, SCALE)
     return Probe(
-        ids,
-        mask,
+        inputs,
         labels,
         weights,
         SCALE,
@@ -100,6 +91,43 @@ def make_probe(
         logits.detach().numpy().copy(),
         {name: g.numpy().copy() for name, g in zip(trained, gradients, strict=True)},
     )
+
+
+def _probe_inputs(model: Model, rng: np.random.Generator) -> dict[str, Array]:
+    """A small batch; of three texts the second ends early."""
+    if "pixel_values" in model.kind.inputs:
+        size = model.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (2, model.config.num_channels, height, width)
+        return {"pixel_values": rng.normal(0, 1, shape).astype(np.float32)}
+    ids = rng.integers(1, int(model.config.vocab_size), (3, 9))
+    mask = np.ones_like(ids)
+    mask[1, 6:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _probe_adapter(model: Model, rng: np.random.Generator) -> Tensors:
+    """Values near the start, at a rank of their own; both factors of LoRA differ from zero."""
+    adapter: Tensors = {}
+    for tensor in model.adapter:
+        shape = tuple(RANK if n == "rank" else int(n) for n in tensor.shape)
+        noise = rng.normal(0, 0.05, shape).astype(np.float32)
+        start = model.adapter_parameter(tensor.name).detach().numpy()
+        is_factor = tensor.role in ("lora_A", "lora_B")
+        adapter[tensor.name] = noise if is_factor or tensor.role == "head" else start + noise
+    return adapter
+
+
+def _probe_labels(
+    model: Model, inputs: Mapping[str, Array], logits: torch.Tensor, rng: np.random.Generator
+) -> tuple[Int64, Float32]:
+    """Random labels, and weights that differ, sum to one and are zero on padding."""
+    shape = tuple(logits.shape[:-1])
+    labels = rng.integers(0, logits.shape[-1], shape)
+    weights = 1.0 + np.arange(labels.size, dtype=np.float32).reshape(shape) % 3
+    if model.kind.labels_tokens:
+        weights *= inputs["attention_mask"].astype(np.float32)
+    return labels, (weights / weights.sum()).astype(np.float32)
 
 
 def check_train_graph(path: Path, probe: Probe, python: Path | None = None) -> float:
@@ -127,11 +155,16 @@ def check_predict_graph(path: Path, probe: Probe) -> float:
     return _worst({"logits": relative_error(run_graph(path, probe)["logits"], probe.logits)})
 
 
+def check_evaluate_graph(path: Path, probe: Probe) -> float:
+    """Run the evaluation graph on the probe and compare its loss with torch's."""
+    loss = float(run_graph(path, probe)["loss"])
+    return _worst({"loss": abs(loss - probe.loss) / max(abs(probe.loss), 1e-12)})
+
+
 def run_graph(path: Path, probe: Probe, python: Path | None = None) -> Mapping[str, Float32]:
     """Outputs of a graph for the probe's batch and adapter, by name."""
     feeds: dict[str, npt.NDArray[np.generic]] = {
-        "input_ids": probe.input_ids,
-        "attention_mask": probe.attention_mask,
+        **probe.inputs,
         "labels": probe.labels,
         "weights": probe.weights,
         "lora_scale": np.asarray(probe.scale, np.float32),
@@ -191,15 +224,11 @@ def _device_view(model: Model, base: Base, kept: Sequence[int]) -> Iterator[None
     """Give the torch module the base and the layers that the device will have."""
     parameters = dict(model.module.named_parameters())
     before = {name: parameters[name].data for name in base.stored if name in parameters}
-    parent_path, _, attribute = model.architecture.layers.rpartition(".")
-    parent = model.module.get_submodule(parent_path)
-    layers = getattr(parent, attribute)
-    for name in before:
-        parameters[name].data = torch.from_numpy(base.decoded(name).copy())
-    setattr(parent, attribute, torch.nn.ModuleList([layers[i] for i in kept]))
     try:
-        yield
+        for name in before:
+            parameters[name].data = torch.from_numpy(base.decoded(name).copy())
+        with model.with_layers(kept):
+            yield
     finally:
-        setattr(parent, attribute, layers)
         for name, value in before.items():
             parameters[name].data = value
