@@ -359,6 +359,111 @@ class TestInt4Rows128(Int4RowsContract):
     name, bits = "int4-row128", 4.25
 
 
+class BitPlanesContract(CodecContract):
+    """A codec whose scale follows from its codes by least squares."""
+
+    block = 64
+
+    def norms(self, values: Float32) -> npt.NDArray[np.float64]:
+        return blockwise(values, lambda block: np.sqrt(block @ block), self.block)
+
+    def bound(self, values: Float32, encoded: Encoded) -> npt.NDArray[np.float64]:
+        # 2**-8 is the rounding of the scale, TINY what denormals lose
+        return self.norms(values) * (1 + 2.0**-8) + TINY
+
+    @pytest.mark.parametrize("draw", ["normal", "laplace", "cauchy"])
+    def test_error_of_a_block_is_never_longer_than_the_block(self, draw: str) -> None:
+        rng = np.random.default_rng(5)
+        values = getattr(rng, f"standard_{draw}" if draw != "laplace" else draw)(size=(40, 130))
+        values = values.astype(np.float32)
+        error = self.round_trip(values) - values
+        assert np.all(self.norms(error) <= 0.999 * self.norms(values))
+
+    def test_stochastic_rounding_has_the_right_mean(self) -> None:
+        values = normal((3, 70))
+        rng = np.random.default_rng(7)
+        draws = [codec(self.name).encode(values, rng=rng) for _ in range(2000)]
+        mean = np.mean([codec(self.name).decode(draw) for draw in draws], axis=0)
+        # a draw has at most a standard deviation of half a step, which is a scale; 5 of them
+        halves = draws[0].parts["scale"].astype(np.uint32) << 16
+        scales = np.repeat(halves.view(np.float32), self.block)[: values.size]
+        allowed = 5 / math.sqrt(len(draws)) * scales.reshape(values.shape)
+        assert np.all(np.abs(mean - values) <= allowed)
+
+    def test_stochastic_rounding_repeats_with_its_seed(self) -> None:
+        first, again, other = (
+            codec(self.name).encode(normal((50, 70)), rng=np.random.default_rng(seed))
+            for seed in (1, 1, 2)
+        )
+        np.testing.assert_array_equal(first.parts["planes"], again.parts["planes"])
+        assert (first.parts["planes"] != other.parts["planes"]).any()
+
+    @pytest.mark.parametrize("seed", [None, 1])
+    def test_zero_stays_zero_whatever_the_rounding(self, seed: int | None) -> None:
+        rng = None if seed is None else np.random.default_rng(seed)
+        encoded = codec(self.name).encode(np.zeros((3, 70), np.float32), rng=rng)
+        assert not codec(self.name).decode(encoded).any()
+
+    def test_short_tensor_carries_no_padding(self) -> None:
+        bits = int(self.name.removeprefix("int"))
+        assert codec(self.name).encode(normal((9,))).nbytes == 2 * bits + 2
+
+
+class TestInt1(BitPlanesContract):
+    name, bits, block = "int1", 1.125, 128
+
+    def test_codes_are_signs_and_the_scale_is_the_mean_magnitude(self) -> None:
+        encoded = codec("int1").encode(np.array([3, -1, 1, 3, -2], np.float32))
+        np.testing.assert_array_equal(encoded.parts["planes"], [[0b10110000]])
+        np.testing.assert_array_equal(codec("int1").decode(encoded), [2, -2, 2, 2, -2])
+
+
+class TestInt2(BitPlanesContract):
+    name, bits = "int2", 2.25
+
+    def test_planes_hold_the_high_bits_first(self) -> None:
+        encoded = codec("int2").encode(np.array([3, 1, -1, -3], np.float32))
+        np.testing.assert_array_equal(encoded.parts["planes"], [[0b11000000], [0b10100000]])
+        np.testing.assert_array_equal(codec("int2").decode(encoded), [3, 1, -1, -3])
+
+
+class TestInt3(BitPlanesContract):
+    name, bits = "int3", 3.25
+
+
+class TestInt6(BitPlanesContract):
+    name, bits = "int6", 6.25
+
+
+class TestTopK(CodecContract):
+    name, bits = "topk", 17.3 / 64
+
+    def bound(self, values: Float32, encoded: Encoded) -> npt.NDArray[np.float64]:
+        # what is dropped is lost, what is kept has 8 bits of its own block's largest magnitude
+        magnitudes = np.abs(values.astype(np.float64))
+        return magnitudes + magnitudes.max(initial=0) / 253 + TINY
+
+    @pytest.mark.parametrize("value", [0.3125, -2.5, 1e-42, -1e-45, 3e-38])
+    def test_constant_tensor_comes_back_within_a_rounding_error(self, value: float) -> None:
+        decoded = self.round_trip(np.full((3, 70), value, np.float32)).reshape(-1)
+        assert np.count_nonzero(decoded[4:]) == 0  # ceil(210 / 64) are kept, the first ones
+        assert np.all(np.abs(decoded[:4] - value) <= max(0.01 * abs(value), TINY))
+
+    def test_part_of_another_type_or_shape_is_refused(self) -> None:
+        encoded = codec("topk").encode(normal((3, 70)))
+        for role in encoded.parts:
+            wrong = encoded.parts[role].astype(np.int64)
+            parts = {**encoded.parts, role: wrong}
+            self.refuses(dataclasses.replace(encoded, parts=parts), repr(role))
+        for role in encoded.parts:
+            parts = {**encoded.parts, role: encoded.parts[role][:-1]}
+            self.refuses(dataclasses.replace(encoded, parts=parts), "part")
+
+    def test_part_that_is_too_short_for_a_huge_shape_is_refused(self) -> None:
+        encoded = codec("topk").encode(normal((3, 70)))
+        self.refuses(dataclasses.replace(encoded, shape=(2, 1)), "needs int8 of at most 2")
+
+
 class TestNf4(SimpleTableContract):
     name, bits, levels = "nf4", 4.5, NF4_LEVELS
 

@@ -3,7 +3,8 @@
 
 ``codec(name)`` finds a codec, ``convert`` goes from one to another, ``error_metrics`` says what it
 cost. Base weights: ``nf4``, ``fp4`` (each also ``-dq``), ``int8``, ``int4-row32/64/128``, ``fp16``,
-``bf16``, ``fp32``. Updates: ``int4``, ``int8-block64``, ``fp16``, ``bf16``, ``fp32``.
+``bf16``, ``fp32``. Updates: ``int1``, ``int2``, ``int3``, ``int4``, ``int6``, ``int8-block64``,
+``topk``, ``fp16``, ``bf16``, ``fp32``; ``wire`` sends changes with rotation and seeded rounding.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from lorikit.quantization.int4 import Int4, Int4Rows
 from lorikit.quantization.int8 import Int8, Int8Blocks
 from lorikit.quantization.metrics import ErrorMetrics, error_metrics
 from lorikit.quantization.nf4 import NF4, NF4_DQ
+from lorikit.quantization.planes import INT1, INT2, INT3, INT6
+from lorikit.quantization.topk import TopK
 
 __all__ = [
     "CODECS",
@@ -40,7 +43,12 @@ _ALL: tuple[Codec, ...] = (
     Bf16(),
     Int8(),
     Int8Blocks(),
+    INT6,
     Int4(),
+    INT3,
+    INT2,
+    INT1,
+    TopK(1 / 64),
     Int4Rows(32),
     Int4Rows(64),
     Int4Rows(128),

@@ -29,7 +29,7 @@ class Bf16:
         array = finite(values)
         if array.size and max(array.max(), -array.min()) >= _OVERFLOW:
             refuse_first(array, np.abs(array) >= _OVERFLOW, "exceeds bf16; use fp32")
-        return Encoded(self.name, array.shape, {"values": _nearest_even(array)})
+        return Encoded(self.name, array.shape, {"values": nearest_even(array)})
 
     def decode(self, encoded: Encoded) -> Float32:
         """The values as float32, exactly."""
@@ -50,7 +50,8 @@ def from_upper_halves(halves: UInt16) -> Float32:
     return bits.view(np.float32)
 
 
-def _nearest_even(values: Float32) -> UInt16:
+def nearest_even(values: Float32) -> UInt16:
+    """Upper halves of the values, rounded to nearest, ties to even."""
     bits = values.view(np.uint32)
     is_odd = (bits >> np.uint32(16)) & np.uint32(1)
     return ((bits + np.uint32(0x7FFF) + is_odd) >> np.uint32(16)).astype(np.uint16)
