@@ -119,7 +119,12 @@ def _lift_parameters(ir_model: onnx_ir.Model, model: Model) -> dict[str, Array]:
     their final names and one rank symbol per module.
     """
     graph = ir_model.graph
-    tensors = {f"base.{model.parameters[t.name]}": t for t in model.adapter}
+    present = {name for name, _ in model.module.named_parameters()}
+    tensors = {
+        f"base.{model.parameters[t.name]}": t
+        for t in model.adapter
+        if model.parameters[t.name] in present
+    }
     symbols: dict[str, str] = {}
     frozen: dict[str, Array] = {}
     names: dict[int, str] = {}

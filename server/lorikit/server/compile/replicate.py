@@ -55,7 +55,9 @@ def replicate_last_layer(
             if own == name:
                 continue
             if name in ports:
-                graph.inputs.append(_port(ports[name], own, layer, adapter))
+                port = _port(ports[name], own, layer, adapter)
+                graph.inputs.append(port)
+                graph.shapes[own] = port.shape
             elif name in graph.constants:
                 graph.constants[own] = _parameter(own, graph.constants[name], parameters)
             names[name] = own
