@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from lorikit.proto.plan import Operation, OptimizerConfig, Phase, Plan, PlanError
+from lorikit.proto.plan import Operation, OptimizerConfig, Phase, Plan, PlanError, WireScheme
 
 
 def phase(**changes: object) -> Phase:
@@ -82,3 +82,25 @@ def test_plan_of_operations_alone_is_accepted() -> None:
 def test_plan_out_of_range_is_refused(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(PlanError, match=reason):
         dataclasses.replace(Plan(method="fedit", phases=(phase(),)), **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"version": 2}, "wire scheme version 2 is not 1; update the SDK"),
+        ({"codec": ""}, "wire.codec is empty"),
+        ({"rotation_block": 3}, "rotation_block must be 0 or a power of two up to 65536, got 3"),
+        ({"rotation_block": 1}, "got 1"),
+        ({"rotation_block": 1 << 17}, "got 131072"),
+        ({"top_share": 0.0}, r"top_share must lie in \(0, 1\], got 0.0"),
+        ({"top_share": math.nan}, "got nan"),
+        ({"codec": "adaptive"}, "budget_bytes belongs to codec adaptive"),
+        ({"budget_bytes": 9}, "got 9 with codec 'int4'"),
+        ({"error_feedback": True}, "needs delta and the name of a stream"),
+        ({"error_feedback": True, "stream": "r", "delta": False}, "needs delta"),
+        ({"round": 3, "counted_round": 3}, "counted_round must lie in 0..2, got 3"),
+    ],
+)
+def test_wire_scheme_out_of_range_is_refused(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(PlanError, match=reason):
+        WireScheme(**{"codec": "int4", **changes})  # type: ignore[arg-type]  # wrong ones on purpose

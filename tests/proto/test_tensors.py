@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorikit.proto.limits import MAX_TENSOR_NAME_BYTES, MAX_TENSOR_RANK
-from lorikit.proto.tensors import Bundle, Encoded, MalformedTensorError, pack, raw, unpack
+from lorikit.proto.tensors import (
+    Bundle,
+    Encoded,
+    MalformedTensorError,
+    WireHeader,
+    pack,
+    raw,
+    unpack,
+)
 from lorikit.proto.v1 import tensor_pb2
 
 DTYPES = ("float32", "float16", "int8", "uint8", "int32", "int64", "uint16", "uint32", "bool")
@@ -31,6 +39,18 @@ bundles = st.builds(
     Bundle,
     tensors=st.dictionaries(st.text("abé.", min_size=1, max_size=8), tensors, max_size=3),
     scalars=st.dictionaries(st.text(max_size=8), st.floats(), max_size=3),
+    wire=st.none()
+    | st.builds(
+        WireHeader,
+        version=st.integers(0, 2**32 - 1),
+        scheme=st.text(max_size=8),
+        delta=st.booleans(),
+        stochastic=st.booleans(),
+        rotation_block=st.integers(0, 2**32 - 1),
+        seed=st.integers(0, 2**64 - 1),
+        error_feedback=st.booleans(),
+        round=st.integers(0, 2**32 - 1),
+    ),
 )
 
 
@@ -50,6 +70,7 @@ def message_with(**changes: object) -> tensor_pb2.TensorBundle:
 def test_unpack_of_pack_gives_the_same_bundle(bundle: Bundle) -> None:
     again = unpack(pack(bundle))
 
+    assert again.wire == bundle.wire
     assert again.scalars == pytest.approx(bundle.scalars, rel=0, abs=0, nan_ok=True)
     assert again.tensors.keys() == bundle.tensors.keys()
     for name, tensor in bundle.tensors.items():

@@ -20,6 +20,7 @@ from lorikit.proto.plan import (
     Plan,
     PlanError,
     PlanFacts,
+    WireScheme,
 )
 from lorikit.proto.v1 import device_service_pb2, plan_pb2
 from lorikit.proto.wire import (
@@ -92,6 +93,23 @@ facts = st.builds(
     micro_batch=uint32,
     predicted_peak_memory_bytes=uint64,
 )
+wires = st.builds(
+    lambda round, counted, **rest: WireScheme(
+        round=round,
+        counted_round=counted if counted is not None and counted < round else None,
+        **rest,
+    ),
+    codec=text.filter(lambda name: name not in ("", "adaptive")),
+    delta=st.just(True),
+    stochastic=st.booleans(),
+    rotation_block=st.sampled_from((0, 2, 64, 65536)),
+    error_feedback=st.booleans(),
+    top_share=st.floats(min_value=1e-9, max_value=1),
+    compressed=st.booleans(),
+    stream=text.filter(bool),
+    round=uint32,
+    counted=st.none() | st.just(0) | uint32,
+)
 plans = st.builds(
     Plan,
     method=text,
@@ -103,6 +121,7 @@ plans = st.builds(
     max_length=st.integers(1, 2**32 - 1),
     seed=uint64,
     facts=facts,
+    wire=st.none() | wires,
 )
 profiles = st.builds(
     Profile,

@@ -461,6 +461,7 @@ class TestTopK(CodecContract):
 
     def test_part_that_is_too_short_for_a_huge_shape_is_refused(self) -> None:
         encoded = codec("topk").encode(normal((3, 70)))
+        self.refuses(dataclasses.replace(encoded, shape=(1 << 30, 1 << 30)), "4 values cannot fill")
         self.refuses(dataclasses.replace(encoded, shape=(2, 1)), "needs int8 of at most 2")
 
 

@@ -14,6 +14,18 @@ from dataclasses import dataclass, field
 PLAN_VERSION = 1
 """Plan format that this version writes, and the highest it reads."""
 
+WIRE_VERSION = 1
+"""Version of wire schemes that this version writes and reads."""
+
+WIRE_FEATURE = f"wire-{WIRE_VERSION}"
+"""Name among a profile's codecs that says: this SDK knows wire schemes of that version."""
+
+ADAPTIVE = "adaptive"
+"""Wire scheme in which each tensor has its own codec."""
+
+MAX_ROTATION_BLOCK = 1 << 16
+"""Longest block of a rotation."""
+
 Value = float | int | str | bool | tuple[float, ...] | tuple[int, ...] | tuple[str, ...]
 """Value of an operation's argument."""
 
@@ -122,6 +134,64 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WireScheme:
+    """How the adapter tensors of an update are put into few bytes."""
+
+    version: int = WIRE_VERSION
+    codec: str
+    """Codec of matrices, or ``adaptive``: the device chooses one per tensor within
+    ``budget_bytes``. Vectors and small matrices travel in fp16."""
+    delta: bool = True
+    """Send changes against the adapter as received."""
+    stochastic: bool = False
+    """Round stochastically, so that the expectation is exact."""
+    rotation_block: int = 0
+    """Length of the blocks of a randomised Hadamard rotation, a power of two; 0: no rotation."""
+    error_feedback: bool = False
+    """Add what earlier updates left out, and keep what this one leaves out."""
+    top_share: float = 1 / 64
+    """Share of the elements that ``topk`` keeps, in (0, 1]."""
+    budget_bytes: int = 0
+    """``adaptive``: most bytes of all codes and scales together."""
+    compressed: bool = True
+    """Compress the update losslessly where that makes it smaller."""
+    stream: str = ""
+    """Name of the sequence of updates that error feedback runs along."""
+    round: int = 0
+    """Number of the round in its run."""
+    counted_round: int | None = None
+    """Last round whose update from this device was counted; None: none was. The device goes on
+    from what it left out then."""
+
+    def __post_init__(self) -> None:
+        if self.version != WIRE_VERSION:
+            raise PlanError(
+                f"wire scheme version {self.version} is not {WIRE_VERSION}; update the SDK"
+            )
+        if not self.codec:
+            raise PlanError("wire.codec is empty; name a codec or adaptive")
+        block = self.rotation_block
+        if block and not (2 <= block <= MAX_ROTATION_BLOCK and not block & (block - 1)):
+            raise PlanError(
+                f"wire.rotation_block must be 0 or a power of two up to {MAX_ROTATION_BLOCK}, "
+                f"got {block}"
+            )
+        if not 0 < self.top_share <= 1:
+            raise PlanError(f"wire.top_share must lie in (0, 1], got {self.top_share}")
+        if (self.codec == ADAPTIVE) != (self.budget_bytes > 0):
+            raise PlanError(
+                f"wire.budget_bytes belongs to codec {ADAPTIVE} and is above 0 there, got "
+                f"{self.budget_bytes} with codec {self.codec!r:.80}"
+            )
+        if self.error_feedback and not (self.delta and self.stream):
+            raise PlanError("wire.error_feedback needs delta and the name of a stream")
+        if self.counted_round is not None and not 0 <= self.counted_round < self.round:
+            raise PlanError(
+                f"wire.counted_round must lie in 0..{self.round - 1}, got {self.counted_round}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanFacts:
     """What the server expects of a plan; for reports, nothing on the device depends on it."""
 
@@ -153,6 +223,8 @@ class Plan:
     """Longest input in tokens."""
     seed: int = 0
     facts: PlanFacts = PlanFacts()
+    wire: WireScheme | None = None
+    """How adapter tensors of the update travel; None: as plain values in ``codec``."""
 
     def __post_init__(self) -> None:
         if self.version != PLAN_VERSION:

@@ -7,9 +7,10 @@ an array is made, and an array never outlives the bytes it came from by surprise
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -65,12 +66,36 @@ class Encoded:
         return sum(part.nbytes for part in self.parts.values())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WireHeader:
+    """How the adapter tensors of an update were put on the wire, beside their codecs."""
+
+    version: int
+    """Version of the scheme's meaning; the reader checks it."""
+    scheme: str
+    """A codec, or ``adaptive`` where each tensor has its own."""
+    delta: bool
+    """Whether the tensors are changes against the adapter as received."""
+    stochastic: bool
+    """Whether the rounding was stochastic; else to nearest."""
+    rotation_block: int
+    """Length of the rotation's blocks; 0 where nothing was rotated."""
+    seed: int
+    """Seed of rounding and rotation, joined by each tensor's name."""
+    error_feedback: bool
+    """Whether what earlier updates left out was added before encoding."""
+    round: int
+    """Round whose adapter the changes are against."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bundle:
     """A set of named tensors and the numbers that belong to it."""
 
     tensors: Mapping[str, Encoded] = field(default_factory=dict)
     scalars: Mapping[str, float] = field(default_factory=dict)
+    wire: WireHeader | None = None
+    """Of an update whose tensors travel as more than plain values."""
 
 
 def raw(values: npt.ArrayLike) -> Encoded:
@@ -96,6 +121,8 @@ def pack(bundle: Bundle) -> bytes:
             tensor.parts.add(name=role, dtype=part.dtype.name, shape=part.shape, data=data)
     for name in sorted(bundle.scalars):
         message.scalars[name] = bundle.scalars[name]
+    if bundle.wire is not None:
+        message.wire.CopyFrom(tensor_pb2.WireHeader(**dataclasses.asdict(bundle.wire)))
     return message.SerializeToString(deterministic=True)
 
 
@@ -136,7 +163,13 @@ def unpack(data: bytes, *, max_bytes: int = MAX_BUNDLE_BYTES) -> Bundle:
         tensors[tensor.name] = Encoded(
             tensor.codec, checked_shape(tensor.name, tensor.shape), parts
         )
-    return Bundle(tensors, dict(message.scalars))
+    return Bundle(tensors, dict(message.scalars), _header(message))
+
+
+def _header(message: tensor_pb2.TensorBundle) -> WireHeader | None:
+    if not message.HasField("wire"):
+        return None
+    return WireHeader(**{f.name: getattr(message.wire, f.name) for f in fields(WireHeader)})
 
 
 def checked_shape(name: str, shape: object) -> tuple[int, ...]:

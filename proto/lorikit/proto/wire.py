@@ -16,6 +16,7 @@ from lorikit.proto.plan import (
     PlanError,
     PlanFacts,
     Value,
+    WireScheme,
 )
 from lorikit.proto.v1 import device_service_pb2, plan_pb2
 
@@ -33,6 +34,7 @@ def plan_to_message(plan: Plan) -> plan_pb2.Plan:
         max_length=plan.max_length,
         seed=plan.seed,
         facts=plan_pb2.PlanFacts(**dataclasses.asdict(plan.facts)),
+        wire=None if plan.wire is None else plan_pb2.WireScheme(**dataclasses.asdict(plan.wire)),
     )
 
 
@@ -64,6 +66,7 @@ def plan_from_message(message: plan_pb2.Plan) -> Plan:
             micro_batch=facts.micro_batch,
             predicted_peak_memory_bytes=facts.predicted_peak_memory_bytes,
         ),
+        wire=_wire_from_message(message.wire) if message.HasField("wire") else None,
     )
 
 
@@ -101,6 +104,13 @@ def blob_to_message(blob: BlobRef) -> device_service_pb2.BlobRef:
 def blob_from_message(message: device_service_pb2.BlobRef) -> BlobRef:
     """The blob's name that travelled; raises ``ManifestError`` if it is not a digest."""
     return BlobRef(digest=message.digest, size=message.size)
+
+
+def _wire_from_message(message: plan_pb2.WireScheme) -> WireScheme:
+    fields = {f.name: getattr(message, f.name) for f in dataclasses.fields(WireScheme)}
+    if not message.HasField("counted_round"):
+        fields["counted_round"] = None
+    return WireScheme(**fields)
 
 
 def _phase_to_message(phase: Phase) -> plan_pb2.Phase:

@@ -17,6 +17,9 @@ from lorikit.quantization.int8 import Int8Blocks
 _MAX_GAP_BYTES = 6
 """Bytes of the longest gap: 42 bits, more than any tensor has elements."""
 
+_MAX_SPREAD = 1 << 26
+"""Most elements for each kept value; keeps a few bytes from asking for all memory."""
+
 _VALUES = Int8Blocks()
 
 UInt8 = npt.NDArray[np.uint8]
@@ -70,6 +73,8 @@ class TopK:
         check(encoded, self.name, "gaps", "codes", "scale")
         length = size(encoded.shape)
         codes = encoded.parts["codes"]
+        if length > _MAX_SPREAD * max(codes.size, 1):
+            raise QuantizationError(f"topk: {codes.size} values cannot fill {encoded.shape}")
         if codes.ndim != 1 or codes.size > length:
             raise QuantizationError(
                 f"topk: part 'codes' is {codes.dtype} {codes.shape}, but the shape {encoded.shape} "

@@ -373,6 +373,7 @@ class Plan(_message.Message):
     MAX_LENGTH_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     FACTS_FIELD_NUMBER: _builtins.int
+    WIRE_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Format of the plan; 1 today. Checked before any other field."""
     method: _builtins.str
@@ -405,6 +406,10 @@ class Plan(_message.Message):
     def facts(self) -> Global___PlanFacts:
         """Facts for people and reports: nothing on the device depends on them."""
 
+    @_builtins.property
+    def wire(self) -> Global___WireScheme:
+        """How the adapter tensors of the update travel; absent: as plain values in `codec`."""
+
     def __init__(
         self,
         *,
@@ -418,14 +423,85 @@ class Plan(_message.Message):
         max_length: _builtins.int = ...,
         seed: _builtins.int = ...,
         facts: Global___PlanFacts | None = ...,
+        wire: Global___WireScheme | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "wire", b"wire"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "facts", b"facts", "inputs", b"inputs", "max_length", b"max_length", "method", b"method", "operations", b"operations", "phases", b"phases", "seed", b"seed", "send", b"send", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "facts", b"facts", "inputs", b"inputs", "max_length", b"max_length", "method", b"method", "operations", b"operations", "phases", b"phases", "seed", b"seed", "send", b"send", "version", b"version", "wire", b"wire"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class WireScheme(_message.Message):
+    """How the adapter tensors of an update are put into few bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    CODEC_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    STOCHASTIC_FIELD_NUMBER: _builtins.int
+    ROTATION_BLOCK_FIELD_NUMBER: _builtins.int
+    ERROR_FEEDBACK_FIELD_NUMBER: _builtins.int
+    TOP_SHARE_FIELD_NUMBER: _builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    COMPRESSED_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    COUNTED_ROUND_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Version of the scheme's meaning; 1 today. Another one is refused."""
+    codec: _builtins.str
+    """Codec of matrices, or "adaptive": the device chooses one per tensor within `budget_bytes`."""
+    delta: _builtins.bool
+    """Send changes against the adapter as received."""
+    stochastic: _builtins.bool
+    """Round stochastically, so that the expectation is exact."""
+    rotation_block: _builtins.int
+    """Length of the blocks of a randomised Hadamard rotation, a power of two; 0: no rotation."""
+    error_feedback: _builtins.bool
+    """Add what earlier updates left out, and keep what this one leaves out."""
+    top_share: _builtins.float
+    """Share of the elements that "topk" keeps, in (0, 1]."""
+    budget_bytes: _builtins.int
+    """"adaptive": most bytes of all codes and scales together."""
+    compressed: _builtins.bool
+    """Compress the update losslessly where that makes it smaller."""
+    stream: _builtins.str
+    """Name of the sequence of updates that error feedback runs along; set with error_feedback."""
+    round: _builtins.int
+    """Number of the round in its run."""
+    counted_round: _builtins.int
+    """Last round whose update from this device was counted; absent: none was. The device goes on
+    from what it left out then.
+    """
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        codec: _builtins.str = ...,
+        delta: _builtins.bool = ...,
+        stochastic: _builtins.bool = ...,
+        rotation_block: _builtins.int = ...,
+        error_feedback: _builtins.bool = ...,
+        top_share: _builtins.float = ...,
+        budget_bytes: _builtins.int = ...,
+        compressed: _builtins.bool = ...,
+        stream: _builtins.str = ...,
+        round: _builtins.int = ...,
+        counted_round: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_counted_round", b"_counted_round", "counted_round", b"counted_round"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_counted_round", b"_counted_round", "budget_bytes", b"budget_bytes", "codec", b"codec", "compressed", b"compressed", "counted_round", b"counted_round", "delta", b"delta", "error_feedback", b"error_feedback", "rotation_block", b"rotation_block", "round", b"round", "stochastic", b"stochastic", "stream", b"stream", "top_share", b"top_share", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__counted_round: _TypeAlias = _typing.Literal["counted_round"]  # noqa: Y015
+    _WhichOneofArgType__counted_round: _TypeAlias = _typing.Literal["_counted_round", b"_counted_round"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__counted_round) -> _WhichOneofReturnType__counted_round | None: ...
+
+Global___WireScheme: _TypeAlias = WireScheme  # noqa: Y015
 
 @_typing.final
 class PlanFacts(_message.Message):

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dlorikit/proto/v1/tensor.proto\x12\x10lorikit.proto.v1\"F\n\nTensorPart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"a\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12+\n\x05parts\x18\x04 \x03(\x0b\x32\x1c.lorikit.proto.v1.TensorPart\"\xbd\x01\n\x0cTensorBundle\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12)\n\x07tensors\x18\x02 \x03(\x0b\x32\x18.lorikit.proto.v1.Tensor\x12<\n\x07scalars\x18\x03 \x03(\x0b\x32+.lorikit.proto.v1.TensorBundle.ScalarsEntry\x1a.\n\x0cScalarsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01J\x04\x08\x04\x10\nb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dlorikit/proto/v1/tensor.proto\x12\x10lorikit.proto.v1\"F\n\nTensorPart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"a\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12+\n\x05parts\x18\x04 \x03(\x0b\x32\x1c.lorikit.proto.v1.TensorPart\"\xe9\x01\n\x0cTensorBundle\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12)\n\x07tensors\x18\x02 \x03(\x0b\x32\x18.lorikit.proto.v1.Tensor\x12<\n\x07scalars\x18\x03 \x03(\x0b\x32+.lorikit.proto.v1.TensorBundle.ScalarsEntry\x12*\n\x04wire\x18\n \x01(\x0b\x32\x1c.lorikit.proto.v1.WireHeader\x1a.\n\x0cScalarsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01J\x04\x08\x04\x10\n\"\x9d\x01\n\nWireHeader\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06scheme\x18\x02 \x01(\t\x12\r\n\x05\x64\x65lta\x18\x03 \x01(\x08\x12\x12\n\nstochastic\x18\x04 \x01(\x08\x12\x16\n\x0erotation_block\x18\x05 \x01(\r\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x16\n\x0e\x65rror_feedback\x18\x07 \x01(\x08\x12\r\n\x05round\x18\x08 \x01(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,7 +38,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENSOR']._serialized_start=123
   _globals['_TENSOR']._serialized_end=220
   _globals['_TENSORBUNDLE']._serialized_start=223
-  _globals['_TENSORBUNDLE']._serialized_end=412
-  _globals['_TENSORBUNDLE_SCALARSENTRY']._serialized_start=360
-  _globals['_TENSORBUNDLE_SCALARSENTRY']._serialized_end=406
+  _globals['_TENSORBUNDLE']._serialized_end=456
+  _globals['_TENSORBUNDLE_SCALARSENTRY']._serialized_start=404
+  _globals['_TENSORBUNDLE_SCALARSENTRY']._serialized_end=450
+  _globals['_WIREHEADER']._serialized_start=459
+  _globals['_WIREHEADER']._serialized_end=616
 # @@protoc_insertion_point(module_scope)

@@ -125,6 +125,7 @@ class TensorBundle(_message.Message):
     FORMAT_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
     SCALARS_FIELD_NUMBER: _builtins.int
+    WIRE_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     """Format of this message; 1 today. Checked before any other field."""
     @_builtins.property
@@ -135,17 +136,76 @@ class TensorBundle(_message.Message):
     def scalars(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Numbers that belong to the set, by name (for example "examples")."""
 
+    @_builtins.property
+    def wire(self) -> Global___WireHeader:
+        """How the adapter tensors of an update were put on the wire; absent where each holds plain
+        values in its codec.
+        """
+
     def __init__(
         self,
         *,
         format: _builtins.int = ...,
         tensors: _abc.Iterable[Global___Tensor] | None = ...,
         scalars: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        wire: Global___WireHeader | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wire", b"wire"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "scalars", b"scalars", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "scalars", b"scalars", "tensors", b"tensors", "wire", b"wire"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TensorBundle: _TypeAlias = TensorBundle  # noqa: Y015
+
+@_typing.final
+class WireHeader(_message.Message):
+    """How the adapter tensors of an update were put on the wire, beside their codecs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    SCHEME_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    STOCHASTIC_FIELD_NUMBER: _builtins.int
+    ROTATION_BLOCK_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    ERROR_FEEDBACK_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Version of the scheme's meaning; 1 today. Another one is refused."""
+    scheme: _builtins.str
+    """Name of the scheme: a codec, or "adaptive" where each tensor has its own. An unknown one is
+    refused.
+    """
+    delta: _builtins.bool
+    """Whether the tensors are changes against the adapter as received, to which they are added."""
+    stochastic: _builtins.bool
+    """Whether the rounding was stochastic; else to nearest."""
+    rotation_block: _builtins.int
+    """Length of the rotation's blocks, a power of two; 0 where nothing was rotated."""
+    seed: _builtins.int
+    """Seed of rounding and rotation, joined by each tensor's name."""
+    error_feedback: _builtins.bool
+    """Whether what earlier updates left out was added before encoding."""
+    round: _builtins.int
+    """Round whose adapter the changes are against."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        scheme: _builtins.str = ...,
+        delta: _builtins.bool = ...,
+        stochastic: _builtins.bool = ...,
+        rotation_block: _builtins.int = ...,
+        seed: _builtins.int = ...,
+        error_feedback: _builtins.bool = ...,
+        round: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "error_feedback", b"error_feedback", "rotation_block", b"rotation_block", "round", b"round", "scheme", b"scheme", "seed", b"seed", "stochastic", b"stochastic", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WireHeader: _TypeAlias = WireHeader  # noqa: Y015
