@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What gradient rules are made of: the type of a rule and the pieces that several rules emit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from lorikit.server.compile.graph import MICROSOFT, Dim, Graph, Node, Shape
+from lorikit.server.errors import UnsupportedModelError
+
+Rule = Callable[[Graph, Node, str, Sequence[bool]], Sequence[str | None]]
+"""(graph, node, gradient of its first output, which inputs need one) -> gradient by input.
+
+A node whose outputs are parts of one value, ``Split``, gets their gradients joined.
+"""
+
+_PRODUCT = re.compile(r"(\d+)\*(\w+)")
+
+
+def like(graph: Graph, op: str, *inputs: str, like: str) -> str:
+    """Emit a node whose result has the shape of ``like``."""
+    return graph.emit(op, *inputs, shape=graph.shape(like))
+
+
+def unsupported(node: Node, what: str) -> UnsupportedModelError:
+    """The error of a rule that does not cover a form of its operator."""
+    return UnsupportedModelError(
+        f"{node.op} ({node.scope or 'no scope'}) {what} has no gradient rule; "
+        "one in compile/gradients/ would be needed"
+    )
+
+
+def integer(node: Node, name: str, default: int) -> int:
+    """An attribute of a node that is an integer."""
+    value = node.attributes.get(name, default)
+    assert isinstance(value, int)
+    return value
+
+
+def integers(graph: Graph, node: Node, index: int) -> list[int]:
+    """Input ``index`` of a node as integers; a constant, else the form has no rule."""
+    name = node.inputs[index]
+    if name not in graph.constants:
+        raise unsupported(node, f"with a computed input {index}")
+    return [int(n) for n in np.atleast_1d(graph.constants[name])]
+
+
+def axis_of(graph: Graph, node: Node, name: str, default: int) -> int:
+    """The attribute ``axis`` of a node, counted from the front of the value ``name``."""
+    return integer(node, "axis", default) % len(graph.shape(name))
+
+
+def reduced_to(graph: Graph, gradient: str, operand: str) -> str:
+    """Sum a gradient over the axes along which the operand was broadcast."""
+    source, target = graph.shape(gradient), graph.shape(operand)
+    extra = len(source) - len(target)
+    axes = [*range(extra)]
+    axes += [extra + i for i, n in enumerate(target) if n == 1 and source[extra + i] != 1]
+    if not axes:
+        return gradient
+    if axes == [*range(extra)]:
+        return graph.emit("ReduceSum", gradient, graph.ints(*axes), shape=target, keepdims=0)
+    kept = tuple(1 if i in axes else n for i, n in enumerate(source))
+    summed = graph.emit("ReduceSum", gradient, graph.ints(*axes), shape=kept, keepdims=1)
+    if extra == 0:
+        return summed
+    return graph.emit("Squeeze", summed, graph.ints(*range(extra)), shape=target)
+
+
+def matmul(
+    graph: Graph, a: str, b: str, shape: Shape, ta: int = 0, tb: int = 0, alpha: float = 1.0
+) -> str:
+    """``alpha`` times the product of a and b, each transposed in its last two axes if asked."""
+    if not ta and not tb and alpha == 1.0:
+        return graph.emit("MatMul", a, b, shape=shape)
+    return graph.emit(
+        "FusedMatMul", a, b, shape=shape, domain=MICROSOFT, transA=ta, transB=tb, alpha=alpha
+    )
+
+
+def rows(graph: Graph, name: str) -> str:
+    """The value as a matrix: all axes but the last folded into rows."""
+    shape = graph.shape(name)
+    if len(shape) == 2:
+        return name
+    if len(shape) == 1:
+        return graph.emit("Unsqueeze", name, graph.ints(0), shape=(1, *shape))
+    if isinstance(shape[-1], int):
+        target = graph.ints(-1, shape[-1])
+    else:
+        target = join(graph, [graph.ints(-1), length(graph, shape[-1])])
+    return graph.emit("Reshape", name, target, shape=(_folded(shape[:-1]), shape[-1]))
+
+
+def _folded(dims: Shape) -> Dim:
+    """Length of several axes seen as one."""
+    known = [n for n in dims if isinstance(n, int)]
+    symbols = [n for n in dims if not isinstance(n, int)]
+    count = int(np.prod(known)) if known else 1
+    if not symbols:
+        return count
+    if len(symbols) == 1:
+        return symbols[0] if count == 1 else f"{count}*{symbols[0]}"
+    return "rows"
+
+
+def reshaped(graph: Graph, value: str, shape: Shape) -> str:
+    """See a value in another shape, reading nothing but the value if its lengths allow."""
+    source = graph.shape(value)
+    target = [
+        n if isinstance(n, int) and n else 0 if i < len(source) and source[i] == n else -1
+        for i, n in enumerate(shape)
+    ]
+    name = graph.ints(*target) if target.count(-1) <= 1 else lengths(graph, shape)
+    return graph.emit("Reshape", value, name, shape=shape)
+
+
+def lengths(graph: Graph, shape: Shape) -> str:
+    """A shape as an int64 vector, computed from the graph's inputs where it is symbolic."""
+    if all(isinstance(n, int) for n in shape):
+        return graph.ints(*(int(n) for n in shape))
+    return join(graph, [length(graph, n) for n in shape])
+
+
+def length(graph: Graph, dim: Dim) -> str:
+    """One length as an int64 vector of one element.
+
+    Inputs live as long as the graph runs, so that a symbol costs no memory.
+    """
+    if isinstance(dim, int):
+        return graph.ints(dim)
+    for port in graph.inputs:
+        if dim in port.shape:
+            axis = port.shape.index(dim)
+            return graph.emit("Shape", port.name, shape=(1,), start=axis, end=axis + 1)
+    product = _PRODUCT.fullmatch(dim)
+    if product is None:
+        raise UnsupportedModelError(
+            f"length {dim!r} is not one of an input, so a gradient of that shape cannot be made"
+        )
+    factor = graph.ints(int(product.group(1)))
+    return graph.emit("Mul", factor, length(graph, product.group(2)), shape=(1,))
+
+
+def join(graph: Graph, vectors: Sequence[str]) -> str:
+    """Concatenate vectors of int64."""
+    if len(vectors) == 1:
+        return vectors[0]
+    count = sum(int(graph.shape(name)[0]) for name in vectors)
+    return graph.emit("Concat", *vectors, shape=(count,), axis=0)
+
+
+def zeros(graph: Graph, shape: Shape) -> str:
+    """A value full of zeros."""
+    return graph.emit("ConstantOfShape", lengths(graph, shape), shape=shape)
+
+
+def expanded(graph: Graph, value: str, shape: Shape) -> str:
+    """Repeat a value along its axes of length 1."""
+    if graph.shape(value) == shape:
+        return value
+    return graph.emit("Expand", value, lengths(graph, shape), shape=shape)
+
+
+def beside(graph: Graph, node: Node, first: int) -> None:
+    """Move the nodes emitted since position ``first`` to right behind a forward node.
+
+    For what is smaller than the value it is made of, such as a mask: kept instead of the value.
+    """
+    moved = graph.nodes[first:]
+    del graph.nodes[first:]
+    for other in moved:
+        other.scope = node.scope
+    place = next(i for i, other in enumerate(graph.nodes) if other is node) + 1
+    graph.nodes[place:place] = moved

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The walk from the loss back to the trained tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+
+from lorikit.server.compile.gradients.parts import Rule, zeros
+from lorikit.server.compile.gradients.rules import RULES
+from lorikit.server.compile.graph import Graph, Node, Port
+from lorikit.server.errors import UnsupportedModelError
+
+
+def add_gradients(
+    graph: Graph,
+    seeds: Mapping[str, str],
+    trained: Sequence[str],
+    rules: Mapping[str, Rule] | None = None,
+    *,
+    stopped: Collection[str] = (),
+) -> None:
+    """Append the backward pass and an output ``<name>.grad`` for each trained input.
+
+    A gradient with several contributions is summed as they come, so that one buffer is held
+    however many there are.
+
+    Args:
+        graph: Forward graph with known shapes; changed in place.
+        seeds: Gradient of the loss by value, for example ``{"logits": ...}``.
+        trained: Inputs to differentiate with respect to.
+        rules: Rule by operator; None for ``RULES``.
+        stopped: Values that count as constants, such as the norm of DoRA.
+
+    Raises:
+        UnsupportedModelError: An operator on the way has no rule; or a trained input has no effect
+            on the loss.
+    """
+    forward = list(graph.nodes)
+    wanted = _reached(forward, trained, stopped)
+    collected = dict(seeds)
+    for node in reversed(forward):
+        if not any(name in collected and name in wanted for name in node.outputs):
+            continue
+        needs = [name in wanted for name in node.inputs]
+        rule = (rules or RULES).get(node.op)
+        if rule is None:
+            raise UnsupportedModelError(
+                f"operator {node.op} ({node.scope or 'no scope'}) has no gradient rule; "
+                "one in compile/gradients/ would be needed"
+            )
+        boundary = graph.nodes[-1]
+        incoming = _incoming(graph, node, collected)
+        gradients = rule(graph, node, incoming, needs)
+        for name, gradient, need in zip(node.inputs, gradients, needs, strict=True):
+            if need and gradient is not None:
+                _collect(graph, collected, name, gradient)
+        _set_scope(graph, boundary, node.scope)
+    for name in trained:
+        if name not in collected:
+            raise UnsupportedModelError(f"{name} has no effect on the loss, so it cannot train")
+        graph.nodes.append(Node("Identity", (collected[name],), (f"{name}.grad",)))
+        graph.shapes[f"{name}.grad"] = graph.shape(name)
+        graph.outputs.append(Port(f"{name}.grad", np.dtype(np.float32), graph.shape(name)))
+
+
+def _reached(nodes: Sequence[Node], trained: Sequence[str], stopped: Collection[str]) -> set[str]:
+    """Every value through which a trained tensor reaches on, themselves included."""
+    reached = set(trained)
+    for node in nodes:
+        if any(name in reached for name in node.inputs):
+            reached.update(name for name in node.outputs if name not in stopped)
+    return reached
+
+
+def _incoming(graph: Graph, node: Node, collected: dict[str, str]) -> str:
+    """Gradient of a node's result; of a ``Split`` the gradients of its parts, joined."""
+    if node.op != "Split":
+        return collected.pop(node.outputs[0])
+    parts = [
+        collected.pop(name) if name in collected else zeros(graph, graph.shape(name))
+        for name in node.outputs
+    ]
+    axis = node.attributes.get("axis", 0)
+    return graph.emit("Concat", *parts, shape=graph.shape(node.inputs[0]), axis=axis)
+
+
+def _collect(graph: Graph, collected: dict[str, str], name: str, gradient: str) -> None:
+    if name in collected:
+        gradient = graph.emit(
+            "Add", collected[name], gradient, shape=graph.shape(name), hint="grad"
+        )
+    collected[name] = gradient
+
+
+def _set_scope(graph: Graph, boundary: Node, scope: str) -> None:
+    """Let what a rule emitted belong to the module of its forward node."""
+    for node in reversed(graph.nodes):
+        if node is boundary:
+            return
+        node.scope = scope
