@@ -30,7 +30,7 @@ from lorikit.server.errors import LorikitError, RequestError
 _MAX_EVALUATION_LINE = 1 << 20
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Precision = Literal["nf4", "int8", "fp16", "fp32"]
+Precision = Literal["int4", "nf4", "int8", "fp16", "fp32"]
 
 
 class ConfigError(LorikitError):
