@@ -104,6 +104,19 @@ def updated(
     return _sgd(decayed, gradient, slots, config, learning_rate)
 
 
+def mean_squared_gradients(slots: Mapping[str, Slots]) -> dict[str, float]:
+    """How much the loss hangs on each tensor: the mean of its second moment, where there is one.
+
+    An estimate of the diagonal of the Fisher information that costs nothing; of one optimiser's
+    tensors only the ratios mean something.
+    """
+    return {
+        name: float(of_tensor["second"].mean(dtype=np.float64))
+        for name, of_tensor in slots.items()
+        if of_tensor.get("second") is not None and of_tensor["second"].size
+    }
+
+
 def _adamw(
     decayed: Float32,
     gradient: Float32,

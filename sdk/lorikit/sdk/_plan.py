@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from lorikit.proto.device import TrainingReport
 from lorikit.proto.manifest import Manifest
 from lorikit.proto.plan import Phase, Plan
 from lorikit.proto.tensors import Bundle, Float32, Tensors
+from lorikit.quantization.wire import compressed
 from lorikit.sdk._data import Dataset, Indices, grouped_by_length
 from lorikit.sdk._errors import (
     CancelledError,
@@ -32,12 +33,14 @@ from lorikit.sdk._operations.base import GradientOperation, Result, Work
 from lorikit.sdk._optimizer import (
     clip_by_global_norm,
     initial_slots,
+    mean_squared_gradients,
     scheduled_learning_rate,
     updated,
 )
 from lorikit.sdk._snapshot import Snapshot, fingerprint, from_journal, to_journal
-from lorikit.sdk._store import Journal
+from lorikit.sdk._store import Journal, Residuals
 from lorikit.sdk._validation import CheckedPlan, adapter_rank, check_plan
+from lorikit.sdk._wire import check_scheme, encode_with_feedback
 from lorikit.sdk.engines.base import Engine, Gradients
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,7 @@ class PlanExecutor:
         data: Dataset,
         *,
         journal: Journal,
+        residuals: Residuals | None = None,
         emit: Callable[[Event], None],
         cancelled: Callable[[], bool],
         journal_interval_steps: int = 10,
@@ -77,6 +81,7 @@ class PlanExecutor:
             manifest: The same package's manifest.
             data: The local examples, cut at the plan's ``max_length``.
             journal: Where the state is kept; cleared by whoever knows that the update arrived.
+            residuals: Where error feedback keeps what updates left out; None forgets it.
             emit: Takes a ``Progress`` event after each optimiser step.
             cancelled: Asked before each run of the graph.
             journal_interval_steps: Optimiser steps between two saves, at most.
@@ -87,6 +92,7 @@ class PlanExecutor:
         self._manifest = manifest
         self._data = data
         self._journal = journal
+        self._residuals = residuals
         self._emit = emit
         self._cancelled = cancelled
         self._interval_steps = journal_interval_steps
@@ -109,6 +115,8 @@ class PlanExecutor:
             CancelledError: The app wants to stop; the journal holds the last finished step.
         """
         checked = check_plan(plan, self._manifest, adapter)
+        if plan.wire is not None:
+            check_scheme(plan.wire)
         self._check_data(plan)
         task = _Task(checked, task_id, fingerprint(plan, adapter))
         snapshot = self._resumed(task) or Snapshot(adapter=dict(adapter))
@@ -160,6 +168,7 @@ class PlanExecutor:
             if due or now - saved_time >= self._interval_seconds:
                 self._save(task, snapshot)
                 saved_step, saved_time = snapshot.step, now
+        snapshot.importance.update(mean_squared_gradients(snapshot.slots))
         snapshot.phase, snapshot.step, snapshot.slots = snapshot.phase + 1, 0, {}
         self._save(task, snapshot)
 
@@ -232,15 +241,41 @@ class PlanExecutor:
         result = self._operated(task, received, snapshot.adapter)
         tensors = {**result.adapter, **result.produced}
         rank = adapter_rank(result.adapter, task.checked.pairs)
-        rng = np.random.default_rng([task.plan.seed, len(task.plan.phases)])
-        bundle = Bundle(
-            {
-                name: task.checked.codec.encode(tensors[name], rng=rng)
-                for name in _sent(task.plan, result)
-            },
-            {"examples": float(len(self._data)), "rank": float(rank)},
-        )
+        scalars = {"examples": float(len(self._data)), "rank": float(rank)}
+        sent = {name: tensors[name] for name in _sent(task.plan, result)}
+        bundle = self._encoded(task, received, snapshot, sent, scalars)
         return Outcome(bundle, self._training_report(task, snapshot, rank))
+
+    def _encoded(
+        self,
+        task: _Task,
+        received: Tensors,
+        snapshot: Snapshot,
+        sent: Tensors,
+        scalars: Mapping[str, float],
+    ) -> Bundle:
+        """What is sent: adapter tensors by the plan's wire scheme, all others in its codec."""
+        rng = np.random.default_rng([task.plan.seed, len(task.plan.phases)])
+        scheme = task.plan.wire
+        moved = {} if scheme is None else {n: v for n, v in sent.items() if n in received}
+        tensors = {
+            name: task.checked.codec.encode(values, rng=rng)
+            for name, values in sent.items()
+            if name not in moved
+        }
+        if scheme is None or not moved:
+            return Bundle(tensors, scalars)
+        update = encode_with_feedback(
+            moved,
+            received,
+            scheme,
+            self._residuals,
+            seed=task.plan.seed,
+            importance=snapshot.importance,
+            precision=self._manifest.precision,
+        )
+        bundle = Bundle({**tensors, **update.tensors}, scalars, update.header)
+        return compressed(bundle) if scheme.compressed else bundle
 
     def _operated(self, task: _Task, received: Tensors, adapter: Tensors) -> Result:
         produced: Tensors = {}

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from lorikit.proto.device import Profile
-from lorikit.proto.plan import PLAN_VERSION
+from lorikit.proto.plan import PLAN_VERSION, WIRE_FEATURE
 from lorikit.quantization import CODECS
 from lorikit.sdk._memory import memory_use
 from lorikit.sdk._operations import operation_names
@@ -77,7 +77,7 @@ def profile(
         engines=available_engines(),
         plan_version=PLAN_VERSION,
         operations=operation_names(),
-        codecs=tuple(CODECS),
+        codecs=(*CODECS, WIRE_FEATURE),
         memory_baseline_bytes=memory_use().resident_bytes,
     )
 

@@ -19,6 +19,7 @@ Meta = Mapping[str, int | float | str]
 
 _ADAPTER = "adapter/"
 _OPTIMIZER = "optimizer/"
+_IMPORTANCE = "importance/"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class Snapshot:
     """Every adapter tensor, the trained ones as they are now."""
     slots: dict[str, Slots] = field(default_factory=dict)
     """Optimiser state of the phase by trained tensor."""
+    importance: dict[str, float] = field(default_factory=dict)
+    """Mean squared gradient of the tensors that earlier phases trained."""
     phase: int = 0
     step: int = 0
     """Optimiser steps of the phase done."""
@@ -60,7 +63,8 @@ def to_journal(snapshot: Snapshot, identity: str) -> tuple[Bundle, Meta]:
         for slot, value in slots.items():
             tensors[f"{_OPTIMIZER}{slot}/{name}"] = raw(value)
     numbers: dict[str, int | float | str] = {n: getattr(snapshot, n) for n in _NUMBERS}
-    return Bundle(tensors), {**numbers, "fingerprint": identity}
+    scalars = {_IMPORTANCE + name: value for name, value in snapshot.importance.items()}
+    return Bundle(tensors, scalars), {**numbers, "fingerprint": identity}
 
 
 def from_journal(state: Bundle, meta: Meta, identity: str) -> Snapshot | None:
@@ -68,6 +72,8 @@ def from_journal(state: Bundle, meta: Meta, identity: str) -> Snapshot | None:
     if meta.get("fingerprint") != identity:
         return None
     snapshot = Snapshot(adapter={}, **{name: meta[name] for name in _NUMBERS})  # type: ignore[arg-type]  # as to_journal wrote them
+    for name, value in state.scalars.items():
+        snapshot.importance[name.removeprefix(_IMPORTANCE)] = value
     for name, encoded in state.tensors.items():
         values = np.asarray(encoded.parts["values"], dtype=np.float32)
         if name.startswith(_ADAPTER):

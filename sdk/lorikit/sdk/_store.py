@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a device keeps between starts: identity, blobs, task state, finished updates, adapter.
+"""What a device keeps between starts: identity, blobs, task state, updates, their rests, adapter.
 
 Every file is replaced whole and carries its digest; one that is torn or damaged counts as absent.
 Names from the wire never become file names. One process at a time uses a store.
@@ -20,7 +20,7 @@ from typing import Any
 
 from lorikit.proto.device import TrainingReport
 from lorikit.proto.manifest import BlobRef
-from lorikit.proto.tensors import Bundle, MalformedTensorError, pack, unpack
+from lorikit.proto.tensors import Bundle, MalformedTensorError, Tensors, pack, raw, unpack
 from lorikit.sdk._blobs import BlobCache
 from lorikit.sdk._durable import (
     FolderLock,
@@ -39,6 +39,7 @@ Meta = Mapping[str, int | float | str]
 
 _RECORD = b"lorikit-record-1\n"
 _LENGTH_BYTES = 8
+_MAX_STREAMS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +124,70 @@ class Journal:
         return self._folder / _file_name(task_id)
 
 
+class Residuals:
+    """What updates left out, by stream and round, for error feedback.
+
+    A file per round, replaced whole: after a crash at any instant the rest of the round before is
+    there, and that of this round is there or not, never half. At most eight streams are kept, those
+    used last.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """The folder is made if absent; it belongs to the residuals alone."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for stream in folder.iterdir():
+            remove_temporaries(stream)
+        self._folder = folder
+
+    def save(
+        self, stream: str, round_number: int, left: Tensors, *, owner: str, spared: int | None
+    ) -> None:
+        """Keep what the round's update left out, and forget all rounds but it and ``spared``.
+
+        Args:
+            stream: The sequence of updates.
+            round_number: The round in it.
+            left: What was left out, by tensor.
+            owner: What it belongs to; ``load`` must name the same.
+            spared: Round whose rest is still needed if this update does not count.
+
+        Raises:
+            StorageFullError: No room; what was kept is untouched.
+        """
+        folder = self._folder / _file_name(stream)
+        if not folder.exists():
+            folder.mkdir()
+            sync_folder(self._folder)
+        path = folder / str(round_number)
+        header = {"stream": stream, "round": round_number, "owner": owner}
+        body = pack(Bundle({name: raw(values) for name, values in left.items()}))
+        write_durably(path, _record(header, body))
+        wanted = {path.name, str(spared)}
+        for other in folder.iterdir():
+            if other.name not in wanted:
+                _remove(other)
+        self._forget_old_streams()
+
+    def load(self, stream: str, round_number: int, *, owner: str) -> Tensors | None:
+        """What the round's update left out; None if nothing whole of that owner is there."""
+        record = _load(self._folder / _file_name(stream) / str(round_number))
+        if record is None or record[0] != {
+            "stream": stream,
+            "round": round_number,
+            "owner": owner,
+        }:
+            return None
+        tensors = unpack(record[1]).tensors
+        return {name: each.parts["values"].astype("float32") for name, each in tensors.items()}
+
+    def _forget_old_streams(self) -> None:
+        streams = sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        for folder in streams[:-_MAX_STREAMS]:
+            for path in folder.iterdir():
+                _remove(path)
+            folder.rmdir()
+
+
 class Store:
     """A device's folder. Close it, or use it as a context manager, to let another client in."""
 
@@ -144,6 +209,7 @@ class Store:
             remove_temporaries(self.folder)
             self.blobs = BlobCache(self.folder / "blobs", max_bytes=max_bytes)
             self.journal = Journal(self.folder / "journal")
+            self.residuals = Residuals(self.folder / "residuals")
             self._updates = self.folder / "updates"
             self._updates.mkdir(exist_ok=True)
             remove_temporaries(self._updates)

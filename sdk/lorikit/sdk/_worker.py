@@ -141,6 +141,7 @@ class Worker:
                 opened.manifest,
                 opened.data,
                 journal=self._store.journal,
+                residuals=self._store.residuals,
                 emit=lambda event: self._progress(event, heartbeat),
                 cancelled=lambda: heartbeat.void or self._cancelled(),
             )

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An update on its way out: what has changed, in few bytes, and what is left for the next one.
+
+Error feedback runs along a stream of updates. What an update leaves out is kept under its round,
+and the plan names the last round that counted: so a device that was killed, or whose update came
+too late, goes on from exactly what the server has not got yet, and never adds it twice.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lorikit.proto.plan import ADAPTIVE, WireScheme
+from lorikit.proto.tensors import Encoded, Float32, Tensors, WireHeader
+from lorikit.quantization import QuantizationError, wire
+from lorikit.quantization.allocation import Choice, allocate
+from lorikit.quantization.base import Codec
+from lorikit.sdk._errors import NonFiniteError, PlanRefusedError, StorageFullError
+from lorikit.sdk._store import Residuals
+
+logger = logging.getLogger(__name__)
+
+FEEDBACK_DECAY = 0.9
+"""Factor on what was left out, for each round that the device missed since."""
+
+FEEDBACK_ROUNDS = 32
+"""Missed rounds after which what was left out is forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class WireTensors:
+    """The adapter tensors of an update, ready to travel."""
+
+    tensors: dict[str, Encoded]
+    header: WireHeader
+    left: Tensors
+    """What the encoding left out, by name, in the shape of what is sent."""
+
+
+def check_scheme(scheme: WireScheme) -> None:
+    """Refuse a scheme that this SDK does not have.
+
+    Raises:
+        PlanRefusedError: The message names it.
+    """
+    try:
+        wire.check_scheme(scheme.codec)
+    except QuantizationError as error:
+        raise PlanRefusedError(f"{error}; update the app") from error
+
+
+def encode_with_feedback(
+    tensors: Tensors,
+    received: Tensors,
+    scheme: WireScheme,
+    residuals: Residuals | None,
+    *,
+    seed: int,
+    importance: Mapping[str, float],
+    precision: str,
+) -> WireTensors:
+    """The update in the scheme's form; what it leaves out is on disk when this returns.
+
+    Repeating the call gives the same bytes and leaves the same behind.
+
+    Args:
+        tensors: Adapter tensors to send, as trained.
+        received: The adapter as received.
+        scheme: How they travel.
+        residuals: Where earlier updates left their rest; None keeps none.
+        seed: Of the plan.
+        importance: Weight of each tensor's error; 1 where absent.
+        precision: Of the base model; a rest from another one is dropped.
+
+    Raises:
+        NonFiniteError: A change is not finite; names the tensor.
+        PlanRefusedError: The scheme cannot hold the update, for example within its budget.
+    """
+    owner = f"{scheme.codec}/{precision}"
+    carried: Tensors = {}
+    if scheme.error_feedback and residuals is not None:
+        carried = _carried(residuals, scheme, owner)
+    encoded = encode_tensors(
+        tensors, received, scheme, seed=seed, importance=importance, carried=carried
+    )
+    if scheme.error_feedback and residuals is not None:
+        try:
+            residuals.save(
+                scheme.stream,
+                scheme.round,
+                encoded.left,
+                owner=owner,
+                spared=scheme.counted_round,
+            )
+        except StorageFullError as error:
+            logger.warning("what the update leaves out is lost: %s", error)
+    return encoded
+
+
+def encode_tensors(
+    tensors: Tensors,
+    received: Tensors,
+    scheme: WireScheme,
+    *,
+    seed: int,
+    importance: Mapping[str, float],
+    carried: Tensors,
+) -> WireTensors:
+    """The update in the scheme's form, as a function of its arguments alone.
+
+    Args:
+        tensors: Adapter tensors to send, as trained.
+        received: The adapter as received; a tensor that has become shorter since (its rank was
+            pruned) is compared with the first part.
+        scheme: How they travel.
+        seed: Of the plan.
+        importance: Weight of each tensor's error; 1 where absent.
+        carried: What is added before encoding, by name; ignored where the shape differs.
+
+    Raises:
+        NonFiniteError: A change is not finite; names the tensor.
+        PlanRefusedError: The budget is too small.
+    """
+    header = _header(scheme, seed)
+    values = {
+        name: _sent_values(name, tensor, received, scheme, carried)
+        for name, tensor in sorted(tensors.items())
+    }
+    codecs = _codecs(values, scheme, header, importance)
+    encoded = {
+        name: wire.encode(value, name, header, codecs[name]) for name, value in values.items()
+    }
+    left = {name: values[name] - wire.decode(encoded[name], name, header) for name in values}
+    return WireTensors(encoded, header, left)
+
+
+def _header(scheme: WireScheme, seed: int) -> WireHeader:
+    return WireHeader(
+        version=scheme.version,
+        scheme=scheme.codec,
+        delta=scheme.delta,
+        stochastic=scheme.stochastic,
+        rotation_block=scheme.rotation_block,
+        seed=seed,
+        error_feedback=scheme.error_feedback,
+        round=scheme.round,
+    )
+
+
+def _carried(residuals: Residuals, scheme: WireScheme, owner: str) -> Tensors:
+    """What the last counted update left out, faded by the rounds missed since."""
+    if scheme.counted_round is None:
+        return {}
+    missed = scheme.round - scheme.counted_round - 1
+    if missed > FEEDBACK_ROUNDS:
+        return {}
+    saved = residuals.load(scheme.stream, scheme.counted_round, owner=owner)
+    if saved is None:
+        logger.warning(
+            "error feedback starts anew: nothing is kept of round=%d", scheme.counted_round
+        )
+        return {}
+    fading = np.float32(FEEDBACK_DECAY**missed)
+    return {name: values * fading for name, values in saved.items()}
+
+
+def _sent_values(
+    name: str, tensor: Float32, received: Tensors, scheme: WireScheme, carried: Tensors
+) -> Float32:
+    values = tensor
+    if scheme.delta:
+        values = tensor - received[name][tuple(slice(length) for length in tensor.shape)]
+    rest = carried.get(name)
+    if rest is not None and rest.shape == values.shape:
+        values = values + rest
+    if not np.isfinite(values).all():
+        raise NonFiniteError(f"{name}: its change is not finite; lower the learning rate or clip")
+    return values
+
+
+def _codecs(
+    values: Tensors, scheme: WireScheme, header: WireHeader, importance: Mapping[str, float]
+) -> dict[str, Codec]:
+    """The codec of each tensor."""
+    small = {name: wire.small_codec(value) for name, value in values.items()}
+    if scheme.codec in ("fp32", "fp16", "bf16"):
+        small = dict.fromkeys(values)
+    chosen = {name: each for name, each in small.items() if each is not None}
+    large = {name: value for name, value in values.items() if name not in chosen}
+    if scheme.codec != ADAPTIVE:
+        codec = wire.scheme_codec(scheme.codec, top_share=scheme.top_share)
+        return chosen | dict.fromkeys(large, codec)
+    budget = scheme.budget_bytes
+    for name, codec in chosen.items():
+        budget -= wire.encode(values[name], name, header, codec).nbytes
+    return chosen | _within_budget(large, header, importance, budget)
+
+
+def _within_budget(
+    values: Tensors, header: WireHeader, importance: Mapping[str, float], budget: int
+) -> dict[str, Codec]:
+    """The codecs of the ladder that fit the budget with the least weighted error."""
+    choices = {
+        name: [_choice(value, name, header, place, importance) for place in range(len(wire.LADDER))]
+        for name, value in values.items()
+    }
+    try:
+        taken = allocate(choices, budget)
+    except QuantizationError as error:
+        raise PlanRefusedError(f"wire.budget_bytes: {error}") from error
+    return {name: wire.LADDER[int(choice.codec)] for name, choice in taken.items()}
+
+
+def _choice(
+    values: Float32, name: str, header: WireHeader, place: int, importance: Mapping[str, float]
+) -> Choice:
+    """A place on the ladder with the bytes and the weighted squared error it really has."""
+    encoded = wire.encode(values, name, header, wire.LADDER[place])
+    error = (wire.decode(encoded, name, header) - values).reshape(-1)
+    squared = float(np.dot(error, error))
+    return Choice(
+        codec=str(place),
+        nbytes=encoded.nbytes,
+        distortion=importance.get(name, 1.0) * squared,
+    )
