@@ -10,6 +10,7 @@ import pytest
 
 from lorikit.proto.manifest import AdapterTensor
 from lorikit.proto.tensors import Tensors
+from lorikit.server.methods import FACTS
 from lorikit.server.methods.base import (
     AdapterSpace,
     Assignment,
@@ -18,6 +19,7 @@ from lorikit.server.methods.base import (
     Participant,
     State,
 )
+from lorikit.server.methods.base_delta import DELTA_ROLES, with_deltas
 
 WIDTH, INNER, CLASSES = 5, 9, 3
 
@@ -25,20 +27,28 @@ SpaceMaker = Callable[..., AdapterSpace]
 Trainer = Callable[..., Contribution]
 
 
-def make_space(layer_count: int = 4, max_rank: int = 6) -> AdapterSpace:
+def make_space(layer_count: int = 4, max_rank: int = 6, kind: str = "lora") -> AdapterSpace:
+    """A small model: LoRA pairs (``lora``), with base deltas (``delta``), or ``bias`` tensors."""
     tensors = []
     for layer in range(layer_count):
-        for kind, d_in, d_out in (("query", WIDTH, INNER), ("dense", INNER, WIDTH)):
-            module = f"bert.encoder.layer.{layer}.{kind}"
+        for part, d_in, d_out in (("query", WIDTH, INNER), ("dense", INNER, WIDTH)):
+            module = f"bert.encoder.layer.{layer}.{part}"
             tensors += [
                 _tensor(f"{module}.lora_A.weight", "lora_A", module, layer, ("rank", d_in)),
                 _tensor(f"{module}.lora_B.weight", "lora_B", module, layer, (d_out, "rank")),
             ]
+            if kind == "bias":
+                norm = f"bert.encoder.layer.{layer}.{part}_norm"
+                tensors[-2:] = [
+                    _tensor(f"{module}.bias", "bias", module, layer, (d_out,)),
+                    _tensor(f"{norm}.weight", "norm", norm, layer, (d_out,)),
+                ]
     tensors += [
         _tensor("classifier.weight", "head", "classifier", -1, (CLASSES, WIDTH)),
         _tensor("classifier.bias", "head", "classifier", -1, (CLASSES,)),
     ]
-    return AdapterSpace(tensors=tuple(tensors), layer_count=layer_count, max_rank=max_rank)
+    space = AdapterSpace(tensors=tuple(tensors), layer_count=layer_count, max_rank=max_rank)
+    return with_deltas(space) if kind == "delta" else space
 
 
 def _tensor(
@@ -49,13 +59,15 @@ def _tensor(
     )
 
 
-def make_initial(space: AdapterSpace) -> Tensors:
+def make_initial(space: AdapterSpace, *, principal: bool = False) -> Tensors:
+    """Start values; B and base deltas are 0, or B is not, as for principal parts of a weight."""
     rng = np.random.default_rng(1)
     out: Tensors = {}
     for tensor in space.tensors:
         shape = [space.max_rank if length == "rank" else int(length) for length in tensor.shape]
-        values = np.zeros(shape) if tensor.role == "lora_B" else rng.normal(size=shape)
-        out[tensor.name] = values.astype(np.float32)
+        values = rng.normal(size=shape)
+        is_zero = tensor.role in DELTA_ROLES or (tensor.role == "lora_B" and not principal)
+        out[tensor.name] = (0 * values if is_zero else values).astype(np.float32)
     return out
 
 
@@ -88,7 +100,8 @@ def train(
     trained = [
         t.name
         for t in space.tensors
-        if t.layer in assignment.trained_layers or (t.role == "head" and assignment.train_head)
+        if t.role in assignment.train_roles
+        and (t.layer in assignment.trained_layers or (t.layer < 0 and assignment.train_head))
     ]
     tensors = {
         name: received[name] + rng.normal(size=received[name].shape).astype(np.float32)
@@ -121,22 +134,37 @@ def class_sums(assignment: Assignment, rng: np.random.Generator, examples: int) 
 
 
 @pytest.fixture
-def space() -> AdapterSpace:
-    return make_space()
+def name() -> str:
+    """The method of a test that is not run for several."""
+    return "fedit"
+
+
+@pytest.fixture
+def space(name: str) -> AdapterSpace:
+    """The kind of model that the method ``name`` is for."""
+    return make_space(kind=kind_of(name))
 
 
 @pytest.fixture
 def spaces() -> SpaceMaker:
-    return make_space
+    """Makes the kind of model a method is for: ``spaces("flora", max_rank=8)``."""
+    return lambda name="fedit", **sizes: make_space(kind=kind_of(name), **sizes)
+
+
+def kind_of(name: str) -> str:
+    needs = FACTS[name].needs if name in FACTS else ()
+    if "delta_A" in needs:
+        return "delta"
+    return "bias" if name in ("fedbf", "fedpeft-bias") else "lora"
 
 
 @pytest.fixture
-def initial(space: AdapterSpace) -> Tensors:
-    return make_initial(space)
+def initial(name: str, space: AdapterSpace) -> Tensors:
+    return make_initial(space, principal=name == "frlora")
 
 
 @pytest.fixture
-def initials() -> Callable[[AdapterSpace], Tensors]:
+def initials() -> Callable[..., Tensors]:
     return make_initial
 
 

@@ -42,7 +42,7 @@ def test_defaults_are_the_configurations() -> None:
 
 
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="no method 'fedavg'; there are: fedit, fedra, flexlora"):
+    with pytest.raises(ValueError, match="no method 'fedavg'; there are: fedbf, fedex-lora, fedit"):
         build_method("fedavg")
     with pytest.raises(
         ValueError, match=r"hetlora has no option gama; it has: budget_exponent, gamma,"

@@ -11,17 +11,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorikit.server.methods.base import Method
+from lorikit.server.methods.facts import MethodFacts
+from lorikit.server.methods.fedbf import FedBF, FedBFConfig
+from lorikit.server.methods.fedex_lora import FedExLoRA, FedExLoRAConfig
 from lorikit.server.methods.fedit import FedIT, FedITConfig
+from lorikit.server.methods.fedpeft_bias import FedPEFTBias, FedPEFTBiasConfig
 from lorikit.server.methods.fedra import FedRA, FedRAConfig
+from lorikit.server.methods.ffa_lora import FFALoRA, FFALoRAConfig
 from lorikit.server.methods.flexlora import FlexLoRA, FlexLoRAConfig
+from lorikit.server.methods.flora import FLoRA, FLoRAConfig
+from lorikit.server.methods.frlora import FRLoRA, FRLoRAConfig
 from lorikit.server.methods.head_start import HeadStart, HeadStartConfig
 from lorikit.server.methods.hetlora import HetLoRA, HetLoRAConfig
 from lorikit.server.methods.legend import Legend, LegendConfig
+from lorikit.server.methods.lora_a2 import LoRAA2, LoRAA2Config
+from lorikit.server.methods.lora_fair import LoRAFair, LoRAFairConfig
+from lorikit.server.methods.rolora import RoLoRA, RoLoRAConfig
 from lorikit.server.methods.server_optimizer import ServerOptimizer, ServerOptimizerConfig
 from lorikit.server.methods.state import pack_state, unpack_state
 
 __all__ = [
     "CONFIGS",
+    "FACTS",
     "METHODS",
     "HeadStart",
     "HeadStartConfig",
@@ -33,22 +44,58 @@ __all__ = [
 ]
 
 METHODS: Mapping[str, type[Method]] = {
+    "fedbf": FedBF,
+    "fedex-lora": FedExLoRA,
     "fedit": FedIT,
+    "fedpeft-bias": FedPEFTBias,
     "fedra": FedRA,
+    "ffa-lora": FFALoRA,
     "flexlora": FlexLoRA,
+    "flora": FLoRA,
+    "frlora": FRLoRA,
     "hetlora": HetLoRA,
     "legend": Legend,
+    "lora-a2": LoRAA2,
+    "lora-fair": LoRAFair,
+    "rolora": RoLoRA,
 }
 """Method class by name."""
 
 CONFIGS: Mapping[str, type[Any]] = {
+    "fedbf": FedBFConfig,
+    "fedex-lora": FedExLoRAConfig,
     "fedit": FedITConfig,
+    "fedpeft-bias": FedPEFTBiasConfig,
     "fedra": FedRAConfig,
+    "ffa-lora": FFALoRAConfig,
     "flexlora": FlexLoRAConfig,
+    "flora": FLoRAConfig,
+    "frlora": FRLoRAConfig,
     "hetlora": HetLoRAConfig,
     "legend": LegendConfig,
+    "lora-a2": LoRAA2Config,
+    "lora-fair": LoRAFairConfig,
+    "rolora": RoLoRAConfig,
 }
 """Configuration class by name of the method."""
+
+FACTS: Mapping[str, MethodFacts] = {
+    "fedbf": FedBF.facts,
+    "fedex-lora": FedExLoRA.facts,
+    "fedit": FedIT.facts,
+    "fedpeft-bias": FedPEFTBias.facts,
+    "fedra": FedRA.facts,
+    "ffa-lora": FFALoRA.facts,
+    "flexlora": FlexLoRA.facts,
+    "flora": FLoRA.facts,
+    "frlora": FRLoRA.facts,
+    "hetlora": HetLoRA.facts,
+    "legend": Legend.facts,
+    "lora-a2": LoRAA2.facts,
+    "lora-fair": LoRAFair.facts,
+    "rolora": RoLoRA.facts,
+}
+"""What to know of a method before choosing it, by name."""
 
 
 def build_method(

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from lorikit.server.methods.facts import MethodFacts
 from lorikit.server.methods.same_work import SameWork, SameWorkConfig
 
 
@@ -26,6 +28,15 @@ class FedIT(SameWork[FedITConfig]):
     """
 
     name = "fedit"
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        title="FedIT",
+        trains="A, B of all layers (or of the same last layers), head",
+        sends="the same",
+        exact="no (cross terms)",
+        upload="sum_m r (d_in + d_out) + h",
+        download="sum_m r (d_in + d_out) + h",
+        source="https://arxiv.org/abs/2305.05644",
+    )
 
     def __init__(self, config: FedITConfig | None = None) -> None:
         """Args are the method's options; the defaults are the paper's where it says them."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from lorikit.server.methods.adapters import (
     same_ranks,
 )
 from lorikit.server.methods.base import AdapterSpace, Assignment, Contribution, Participant, State
+from lorikit.server.methods.facts import MethodFacts
 
 Allocation = npt.NDArray[np.bool_]
 """Which device holds which layer, [devices, layers]."""
@@ -93,6 +94,16 @@ class FedRA:
     """
 
     name = "fedra"
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        title="FedRA",
+        trains="A, B of the layers it drew, head",
+        sends="the same",
+        exact="no, within a layer",
+        upload="sum over the modules of its layers of r (d_in + d_out) + h",
+        download="the same",
+        source="https://arxiv.org/abs/2311.11227",
+        accepts=("layers",),
+    )
 
     def __init__(self, config: FedRAConfig | None = None) -> None:
         """Args are the method's options."""

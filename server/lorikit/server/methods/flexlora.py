@@ -5,19 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from lorikit.server.aggregate.mean import HolderMean
-from lorikit.server.aggregate.product import ProductMean
 from lorikit.server.aggregate.split import Split, split
 from lorikit.server.methods.adapters import (
     WEIGHTINGS,
     Weighting,
     adapter_of,
-    device_weight,
-    outside_pairs,
-    sent_tensors,
 )
 from lorikit.server.methods.base import AdapterSpace, Contribution, State
+from lorikit.server.methods.facts import MethodFacts
+from lorikit.server.methods.products import RoundProducts
 from lorikit.server.methods.rank_per_device import RankPerDevice, RankPerDeviceConfig
 
 
@@ -55,6 +53,16 @@ class FlexLoRA(RankPerDevice[FlexLoRAConfig]):
     """
 
     name = "flexlora"
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        title="FlexLoRA",
+        trains="A, B of all layers at its own rank, head",
+        sends="the same",
+        exact="yes; what is sent back is cut to a rank",
+        upload="sum_m r_k (d_in + d_out) + h",
+        download="sum_m r_k (d_in + d_out) + h",
+        source="https://arxiv.org/abs/2402.11505",
+        accepts=("ranks",),
+    )
 
     def __init__(self, config: FlexLoRAConfig | None = None) -> None:
         """Args are the method's options; the defaults are the paper's where it says them."""
@@ -63,53 +71,21 @@ class FlexLoRA(RankPerDevice[FlexLoRAConfig]):
     def aggregate(
         self, state: State, space: AdapterSpace, contributions: Iterable[Contribution]
     ) -> State:
-        """The exact mean product of every module, split at the largest rank.
-
-        Unlike a mean of factors this keeps the round's factors until the end: r_k (d_in + d_out)
-        float32 values per device and module, at most twice min(d_in, d_out) ranks.
-        """
+        """The exact mean product of every module, split at the largest rank."""
         adapter = adapter_of(state, space)
-        products = {
-            a.module: ProductMean(adapter[a.name].shape[1], adapter[b.name].shape[0])
-            for a, b in space.pairs()
-        }
-        rest = HolderMean({name: adapter[name].shape for name in outside_pairs(space)})
+        products = RoundProducts(space, adapter, self.config.weighting)
         devices = dict(state.devices)
         for contribution in contributions:
-            rank = self._add(space, contribution, products, rest)
-            devices[contribution.device_id] = {"rank": float(rank)}
-        tensors = {**adapter, **rest.finish(adapter)}
+            devices[contribution.device_id] = {"rank": float(products.add(contribution))}
+        tensors = {**adapter, **products.rest()}
+        means = products.means()
         for a, b in space.pairs():
-            if products[a.module].weight > 0:
+            if a.module in means:
                 tensors[a.name], tensors[b.name] = split(
-                    products[a.module].finish(),
+                    means[a.module],
                     space.max_rank,
                     scale=self.config.scale,
                     mode=self.config.split,
                     spare=adapter[a.name],
                 )
         return replace(state, tensors=tensors, devices=devices)
-
-    def _add(
-        self,
-        space: AdapterSpace,
-        contribution: Contribution,
-        products: dict[str, ProductMean],
-        rest: HolderMean,
-    ) -> int:
-        weight = device_weight(contribution, self.config.weighting)
-        sent = sent_tensors(space, contribution)
-        for name in outside_pairs(space):
-            if name in sent:
-                rest.add(name, sent[name], weight)
-        rank = 0
-        for a, b in space.pairs():
-            if a.name in sent and b.name in sent:
-                products[a.module].add(
-                    sent[a.name],
-                    sent[b.name],
-                    scale=contribution.assignment.scale,
-                    weight=weight,
-                )
-                rank = max(rank, sent[a.name].shape[0])
-        return rank or max(contribution.assignment.ranks.values())

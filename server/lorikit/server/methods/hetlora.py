@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from lorikit.server.methods.adapters import (
     shapes_of,
 )
 from lorikit.server.methods.base import AdapterSpace, Assignment, Contribution, State
+from lorikit.server.methods.facts import MethodFacts
 from lorikit.server.methods.rank_per_device import RankPerDevice, RankPerDeviceConfig
 
 HetWeighting = Literal["norm", "norm-data", "data"]
@@ -85,6 +86,16 @@ class HetLoRA(RankPerDevice[HetLoRAConfig]):
     """
 
     name = "hetlora"
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        title="HETLORA",
+        trains="A, B of all layers at its own rank, head",
+        sends="the same, pruned",
+        exact="no (cross terms)",
+        upload="sum_m r_k (d_in + d_out) + h, falling",
+        download="sum_m r_k (d_in + d_out) + h",
+        source="https://arxiv.org/abs/2401.06432",
+        accepts=("ranks",),
+    )
 
     def __init__(self, config: HetLoRAConfig | None = None) -> None:
         """Args are the method's options; the defaults are the paper's where it says them."""

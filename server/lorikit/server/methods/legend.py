@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from lorikit.server.methods.adapters import (
 )
 from lorikit.server.methods.base import AdapterSpace, Assignment, Contribution, Participant, State
 from lorikit.server.methods.device_ranks import held
+from lorikit.server.methods.facts import MethodFacts
 
 Distribution = Literal["arithmetic", "halving"]
 
@@ -116,6 +117,16 @@ class Legend:
     """
 
     name = "legend"
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        title="LEGEND",
+        trains="A, B of its last k layers, head",
+        sends="the same",
+        exact="no, within a layer",
+        upload="sum over the modules of its layers of r_l (d_in + d_out) + h",
+        download="sum_m r_l (d_in + d_out) + h",
+        source="https://arxiv.org/abs/2412.20004",
+        accepts=("depths",),
+    )
 
     def __init__(self, config: LegendConfig | None = None) -> None:
         """Args are the method's options."""

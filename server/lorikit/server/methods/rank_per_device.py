@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from lorikit.server.methods.adapters import (
 )
 from lorikit.server.methods.base import AdapterSpace, Assignment, Contribution, Participant, State
 from lorikit.server.methods.device_ranks import DeviceRankConfig, RankRule, device_ranks
+from lorikit.server.methods.facts import MethodFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,7 @@ class RankPerDevice(ABC, Generic[Config]):
     """
 
     name: str
+    facts: ClassVar[MethodFacts]
 
     def __init__(self, config: Config) -> None:
         """Args are the method's options."""
@@ -69,6 +71,7 @@ class RankPerDevice(ABC, Generic[Config]):
 
     def start(self, space: AdapterSpace, initial: Tensors) -> State:
         """The initial adapter at the largest rank."""
+        self.facts.check(space)
         return State(tensors=dict(initial))
 
     def assign(

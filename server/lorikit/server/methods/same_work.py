@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from lorikit.server.methods.adapters import (
     same_ranks,
 )
 from lorikit.server.methods.base import AdapterSpace, Assignment, Contribution, Participant, State
+from lorikit.server.methods.facts import MethodFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,7 @@ class SameWork(Generic[Config]):
     """
 
     name: str
+    facts: ClassVar[MethodFacts]
 
     def __init__(self, config: Config) -> None:
         """Args are the method's options."""
@@ -63,6 +65,7 @@ class SameWork(Generic[Config]):
 
     def start(self, space: AdapterSpace, initial: Tensors) -> State:
         """The initial adapter, cut to the configured rank (B is 0, so the function is the same)."""
+        self.facts.check(space)
         rank = checked_rank(self.config.rank, space)
         if self.config.depth > space.layer_count:
             raise ValueError(f"depth {self.config.depth} is above the {space.layer_count} layers")
@@ -83,14 +86,14 @@ class SameWork(Generic[Config]):
             ranks=same_ranks(space, checked_rank(self.config.rank, space)),
             trained_layers=layers[space.layer_count - (self.config.depth or space.layer_count) :],
             kept_layers=layers,
-            train_roles=self.train_roles(round_number),
+            train_roles=self.train_roles(space, round_number),
             scale=self.config.scale,
         )
         return tuple(replace(work, device_id=device.device_id) for device in cohort)
 
-    def train_roles(self, round_number: int) -> tuple[str, ...]:
-        """Roles that train in a round: A, B and the head."""
-        return ("lora_A", "lora_B", "head")
+    def train_roles(self, space: AdapterSpace, round_number: int) -> tuple[str, ...]:
+        """Roles that train in a round."""
+        return self.facts.sent_roles[round_number % len(self.facts.sent_roles)]
 
     def broadcast(self, state: State, space: AdapterSpace, assignment: Assignment) -> Tensors:
         """The global adapter."""
@@ -101,7 +104,8 @@ class SameWork(Generic[Config]):
     ) -> State:
         """The mean of every tensor over the devices that trained it."""
         adapter = adapter_of(state, space)
-        means = mean_over_holders(adapter, space, contributions, self.config.weighting)
+        alike = self.facts.alike(contributions, adapter)
+        means = mean_over_holders(adapter, space, alike, self.config.weighting)
         return replace(state, tensors=means)
 
     def global_adapter(self, state: State, space: AdapterSpace, rank: int | None = None) -> Tensors:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -23,6 +23,14 @@ from lorikit.server.methods.base import (
 from lorikit.server.methods.head_start import HeadStart
 
 _PREFIX = "server_optimizer."
+
+_NEW_EACH_ROUND: Mapping[str, str] = {
+    "fedex-lora": "that fit the change of the base only as they are",
+    "flexlora": "by SVD each round",
+    "flora": "each round and merges the old ones into the base",
+    "frlora": "each round and merges the old ones into the base",
+}
+"""Methods for whose factors a change from round to round means nothing, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +82,11 @@ class ServerOptimizer:
             ValueError: The method makes new factors each round, so a change means nothing; or it
                 is a ``HeadStart``, which belongs outside.
         """
-        if method.name == "flexlora":
+        if method.name in _NEW_EACH_ROUND:
             raise ValueError(
-                "flexlora makes new factors by SVD each round, so momentum on factors has no "
-                "meaning; use fedit, hetlora, legend or fedra, or no server optimizer"
+                f"{method.name} makes new factors {_NEW_EACH_ROUND[method.name]}, so momentum on "
+                "factors has no meaning; use fedit, hetlora, legend or fedra, or no server "
+                "optimizer"
             )
         if isinstance(method, HeadStart):
             raise ValueError(
