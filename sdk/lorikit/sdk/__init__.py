@@ -13,8 +13,11 @@ from lorikit.sdk._errors import (
     DataError,
     EngineDisagreesError,
     EngineUnavailableError,
+    ForeignAdapterError,
     IdentityError,
+    InvalidGraphError,
     LorikitError,
+    MissingBlobError,
     NonFiniteError,
     OutOfMemoryError,
     PackageError,
@@ -43,6 +46,7 @@ from lorikit.sdk._events import (
     Uploaded,
 )
 from lorikit.sdk._memory import MemoryUse, MemoryWatch, limit_memory, memory_use
+from lorikit.sdk._model import Prediction
 from lorikit.sdk._profile import profile
 from lorikit.sdk._transport import GrpcTransport, Transport
 from lorikit.sdk.engines import available_engines
@@ -62,16 +66,20 @@ __all__ = [
     "EngineUnavailableError",
     "Event",
     "Failed",
+    "ForeignAdapterError",
     "GrpcTransport",
     "IdentityError",
+    "InvalidGraphError",
     "LorikitError",
     "MemoryUse",
     "MemoryWatch",
     "Metrics",
+    "MissingBlobError",
     "NonFiniteError",
     "OutOfMemoryError",
     "PackageError",
     "PlanRefusedError",
+    "Prediction",
     "Profile",
     "Progress",
     "ProtocolVersionError",

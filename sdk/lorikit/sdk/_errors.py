@@ -9,7 +9,10 @@ LorikitError
 ├── RoundClosedError            the work no longer counts; ask for the next task
 ├── ServerRefusedError          any other answer of the server; carries its code
 ├── PackageError                a package or adapter is missing, incomplete or of another model
+│   ├── MissingBlobError            a blob is not here; it is fetched when needed
 │   ├── DamagedBlobError            bytes do not match their digest; the blob is fetched again
+│   ├── InvalidGraphError           a graph cannot be read or leaves its package; publish it anew
+│   ├── ForeignAdapterError         an adapter of another model or package
 │   └── UnsupportedPackageError     a newer format or a runtime that this SDK lacks
 ├── PlanRefusedError            a plan names an operation, version or tensor that is unknown here
 ├── EngineUnavailableError      the runtime is not installed; carries the command that installs it
@@ -77,6 +80,18 @@ class PackageError(LorikitError):
 
 class DamagedBlobError(PackageError):
     """Bytes do not match their digest; they were dropped and are fetched again when needed."""
+
+
+class MissingBlobError(PackageError):
+    """A blob of the package is not on this device; it is fetched when it is needed."""
+
+
+class InvalidGraphError(PackageError):
+    """A graph cannot be read, is not what the manifest says, or names bytes outside its package."""
+
+
+class ForeignAdapterError(PackageError):
+    """An adapter does not have the tensors or shapes of the package: it is another model's."""
 
 
 class UnsupportedPackageError(PackageError):

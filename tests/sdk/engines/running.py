@@ -66,6 +66,7 @@ PLACES = (
     Place("onnx"),
     Place("onnx", "LORIKIT_OLDEST_PYTHON"),
     Place("onnx-training", "LORIKIT_TRAINING_PYTHON"),
+    Place("torch"),
 )
 
 

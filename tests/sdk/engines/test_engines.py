@@ -22,7 +22,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
     real = metadata.version
 
     def version(name: str) -> str:
-        if name.startswith("onnxruntime"):
+        if name.startswith(("onnxruntime", "torch")):
             if name.replace("-", "_") not in versions:
                 raise metadata.PackageNotFoundError(name)
             return versions[name.replace("-", "_")]
@@ -36,6 +36,8 @@ def test_runtimes_are_told_apart_by_their_distributions(monkeypatch: pytest.Monk
     assert available_engines() == (EngineInfo(name="onnx-training", version="1.19.2"),)
     _installed(monkeypatch, onnxruntime="1.31.1")
     assert available_engines() == (EngineInfo(name="onnx", version="1.31.1"),)
+    _installed(monkeypatch, torch="2.13.0+cu130", onnxruntime="1.31.1")
+    assert [engine.name for engine in available_engines()] == ["onnx", "torch"]
 
 
 def test_runtime_that_is_too_old_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +56,9 @@ def test_runtime_that_is_too_old_is_not_offered(monkeypatch: pytest.MonkeyPatch)
             {"onnxruntime": "1.19.9"},
             r"needs onnxruntime 1\.20 or newer, found 1\.19\.9: pip install",
         ),
-        ("tensorflow", {}, "no engine 'tensorflow'; there are: onnx-training, onnx"),
+        ("torch", {}, r'not installed: pip install "lorikit\[torch\]"$'),
+        ("torch", {"torch": "2.8.0"}, r"needs torch 2\.9 or newer, found 2\.8\.0: pip install"),
+        ("tensorflow", {}, "no engine 'tensorflow'; there are: onnx-training, onnx, torch"),
     ],
 )
 def test_engine_that_cannot_be_had_names_the_remedy(

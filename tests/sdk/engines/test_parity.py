@@ -26,7 +26,8 @@ def place(request: pytest.FixtureRequest) -> Place:
     if chosen.variable:
         chosen.interpreter()
     else:
-        pytest.importorskip("onnxruntime", reason="the onnx engine needs onnxruntime")
+        runtime = "torch" if chosen.engine == "torch" else "onnxruntime"
+        pytest.importorskip(runtime, reason=f"the {chosen.engine} engine needs {runtime}")
     return chosen
 
 

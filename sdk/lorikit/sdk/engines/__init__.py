@@ -44,8 +44,14 @@ _ENGINES = {
         oldest=(1, 20),
         extra="onnx",
     ),
+    "torch": _Kind(
+        module="lorikit.sdk.engines.torch",
+        distributions=("torch",),
+        oldest=(2, 9),
+        extra="torch",
+    ),
 }
-"""Engines by name, best first."""
+"""Engines by name, best first; ``torch`` comes last, since it weighs most on a CPU."""
 
 
 def available_engines() -> tuple[EngineInfo, ...]:

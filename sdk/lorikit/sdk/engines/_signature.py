@@ -9,7 +9,7 @@ import numpy as np
 
 from lorikit.proto.manifest import Graph, Manifest
 from lorikit.proto.tensors import Array, Tensors
-from lorikit.sdk._errors import PackageError
+from lorikit.sdk._errors import ForeignAdapterError, PackageError
 from lorikit.sdk.engines.base import Batch
 
 BATCH_INPUTS = ("input_ids", "attention_mask", "pixel_values", "labels", "weights")
@@ -39,15 +39,15 @@ def check_adapter(manifest: Manifest, adapter: Tensors) -> None:
     The rank of a module is whatever its tensors have, but all of them must agree on it.
 
     Raises:
-        PackageError: A tensor is missing, of the wrong element type or shape; names it.
+        ForeignAdapterError: A tensor is missing, of the wrong element type or shape; names it.
     """
     ranks: dict[str, int] = {}
     for tensor in manifest.adapter:
         value = adapter.get(tensor.name)
         if value is None:
-            raise PackageError(f"adapter lacks tensor {tensor.name}")
+            raise ForeignAdapterError(f"adapter lacks tensor {tensor.name}")
         if value.dtype != np.float32:
-            raise PackageError(f"adapter tensor {tensor.name} is {value.dtype}, not float32")
+            raise ForeignAdapterError(f"adapter tensor {tensor.name} is {value.dtype}, not float32")
         fits = len(value.shape) == len(tensor.shape)
         for have, want in zip(value.shape, tensor.shape, strict=False):
             if want == "rank":
@@ -55,7 +55,7 @@ def check_adapter(manifest: Manifest, adapter: Tensors) -> None:
             fits = fits and have == want
         if not fits:
             rank = f" with rank {ranks[tensor.module]}" if tensor.module in ranks else ""
-            raise PackageError(
+            raise ForeignAdapterError(
                 f"adapter tensor {tensor.name} has shape {value.shape}, the package needs "
                 f"{tensor.shape}{rank}"
             )

@@ -42,6 +42,16 @@ class Gradients:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Result of a forward pass that ends in the loss."""
+
+    loss: float
+    """Sum over the labels of weight times loss."""
+    correct: float
+    """As in ``Gradients``."""
+
+
+@dataclass(frozen=True, slots=True)
 class Predictions:
     """Result of a forward pass."""
 
@@ -65,6 +75,14 @@ class Engine(Protocol):
         Raises:
             PackageError: An adapter tensor is missing or of the wrong shape.
             OutOfMemoryError: The runtime could not get the memory.
+        """
+        ...
+
+    def loss(self, adapter: Tensors, batch: Batch, inputs: Mapping[str, float]) -> Evaluation:
+        """Loss of one micro-batch, without gradients.
+
+        Runs the package's graph ``evaluate``, whose memory is that of a forward pass, or where it
+        has none the training graph. Arguments and errors are those of ``gradients``.
         """
         ...
 

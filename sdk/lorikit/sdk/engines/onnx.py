@@ -6,9 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorikit.proto.manifest import Manifest
-from lorikit.sdk.engines._runtime import OnnxEngine
+from lorikit.sdk.engines import _runtime
+from lorikit.sdk.engines.base import Engine
 
 
-def open_package(manifest: Manifest, folder: Path, *, threads: int) -> OnnxEngine:
+def open_package(manifest: Manifest, folder: Path, *, threads: int) -> Engine:
     """Open a package on stock onnxruntime; see ``engines.open_engine``."""
-    return OnnxEngine(manifest, folder, threads=threads, runtime="onnx")
+    return _runtime.open_package(manifest, folder, threads=threads, runtime="onnx")

@@ -35,10 +35,12 @@ def _import_runtime() -> ModuleType:
         del sys.modules[_TORCH_FRONT_END]
 
 
-_engine_class = _import_runtime().OnnxEngine
+_runtime = _import_runtime()
 
 
 def open_package(manifest: Manifest, folder: Path, *, threads: int) -> Engine:
     """Open a package on onnxruntime-training; see ``engines.open_engine``."""
-    engine: Engine = _engine_class(manifest, folder, threads=threads, runtime="onnx-training")
+    engine: Engine = _runtime.open_package(
+        manifest, folder, threads=threads, runtime="onnx-training"
+    )
     return engine
