@@ -67,6 +67,7 @@ def _exported(model: Model) -> Graph:
     )
     graph = from_onnx(onnx.shape_inference.infer_shapes(onnx_ir.to_proto(ir_model)))
     _strip_prefix(graph)
+    _complete_scopes(graph)
     _freeze(graph, parameters)
     fuse_linear(graph)
     merge_equal(graph)
@@ -162,6 +163,15 @@ def _strip_prefix(graph: Graph) -> None:
     graph.constants = {_clean(name): value for name, value in graph.constants.items()}
     graph.inputs = [Port(_clean(p.name), p.dtype, p.shape) for p in graph.inputs]
     graph.shapes = {_clean(name): shape for name, shape in graph.shapes.items()}
+
+
+def _complete_scopes(graph: Graph) -> None:
+    """Give nodes that the exporter left without a scope that of what they read."""
+    scopes: dict[str, str] = {}
+    for node in graph.nodes:
+        if not node.scope:
+            node.scope = next((scopes[name] for name in node.inputs if name in scopes), "")
+        scopes |= dict.fromkeys(node.outputs, node.scope)
 
 
 def _freeze(graph: Graph, parameters: Mapping[str, Array]) -> None:

@@ -19,6 +19,7 @@ from lorikit.server.compile.layers import keep_layers
 from lorikit.server.compile.loss import add_loss, add_vocabulary_loss
 from lorikit.server.compile.models import Model
 from lorikit.server.compile.recompute import recompute_layers
+from lorikit.server.compile.stops import STOP, add_stops, remove_stops, stop_rule
 from lorikit.server.compile.verify import Probe
 from lorikit.server.compile.weights import Base, read_weights
 from lorikit.server.errors import UnsupportedModelError
@@ -83,7 +84,9 @@ def training_graph(
     graph = _sub_model(forward, model, variant)
     seeds = _add_loss(graph, model)
     rules = FUSED_RULES if variant.runtime == "onnx-training" else RULES
-    add_gradients(graph, seeds, trained, rules)
+    add_stops(graph)
+    add_gradients(graph, seeds, trained, {**rules, STOP: stop_rule})
+    remove_stops(graph)
     _drop_outputs(graph, "logits", "features")
     merge_equal(graph)
     remove_dead(graph)
