@@ -145,7 +145,7 @@ def _filled(graph: Graph, count: int, value: float) -> str:
 def reduce_sum(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
     """Every summand takes the gradient of its sum."""
     wide = _spread(graph, node, dy, _axes(graph, node))
-    return [expanded(graph, wide, graph.shape(node.inputs[0])), *[None] * (len(node.inputs) - 1)]
+    return [expanded(graph, wide, node.inputs[0]), *[None] * (len(node.inputs) - 1)]
 
 
 def reduce_mean(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
@@ -154,7 +154,7 @@ def reduce_mean(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Seq
     axes = _axes(graph, node)
     share = like(graph, "Div", dy, _count(graph, x, axes), like=dy)
     wide = _spread(graph, node, share, axes)
-    return [expanded(graph, wide, graph.shape(x)), *[None] * (len(node.inputs) - 1)]
+    return [expanded(graph, wide, x), *[None] * (len(node.inputs) - 1)]
 
 
 def reduce_l2(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
@@ -172,7 +172,7 @@ def global_average(
     x = node.inputs[0]
     axes = list(range(2, len(graph.shape(x))))
     share = like(graph, "Div", dy, _count(graph, x, axes), like=dy)
-    return [expanded(graph, share, graph.shape(x))]
+    return [expanded(graph, share, x)]
 
 
 def _axes(graph: Graph, node: Node) -> list[int]:
@@ -200,12 +200,12 @@ def _spread(graph: Graph, node: Node, dy: str, axes: Sequence[int]) -> str:
 
 def _count(graph: Graph, x: str, axes: Sequence[int]) -> str:
     """How many values a mean is taken of, as a float scalar."""
-    dims = [graph.shape(x)[axis] for axis in axes]
-    known = int(np.prod([n for n in dims if isinstance(n, int)], dtype=np.int64))
-    count = graph.floats(float(known))
-    for dim in dims:
-        if not isinstance(dim, int):
-            symbol = reshaped(graph, length(graph, dim), ())
+    shape = graph.shape(x)
+    fixed = [int(n) for n in (shape[axis] for axis in axes) if isinstance(n, int)]
+    count = graph.floats(float(np.prod(fixed, dtype=np.int64)))
+    for axis in axes:
+        if not isinstance(shape[axis], int):
+            symbol = reshaped(graph, length(graph, x, axis), ())
             number = graph.emit("Cast", symbol, shape=(), to=1)
             count = graph.emit("Mul", count, number, shape=())
     return count

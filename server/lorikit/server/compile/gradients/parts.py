@@ -91,7 +91,7 @@ def rows(graph: Graph, name: str) -> str:
     if isinstance(shape[-1], int):
         target = graph.ints(-1, shape[-1])
     else:
-        target = join(graph, [graph.ints(-1), length(graph, shape[-1])])
+        target = join(graph, [graph.ints(-1), length(graph, name, len(shape) - 1)])
     return graph.emit("Reshape", name, target, shape=(_folded(shape[:-1]), shape[-1]))
 
 
@@ -107,42 +107,52 @@ def _folded(dims: Shape) -> Dim:
     return "rows"
 
 
-def reshaped(graph: Graph, value: str, shape: Shape) -> str:
-    """See a value in another shape, reading nothing but the value if its lengths allow."""
+def reshaped(graph: Graph, value: str, shape: Shape, like: str = "") -> str:
+    """See a value in another shape, that of ``like`` if the shape alone does not determine it."""
     source = graph.shape(value)
     target = [
         n if isinstance(n, int) and n else 0 if i < len(source) and source[i] == n else -1
         for i, n in enumerate(shape)
     ]
-    name = graph.ints(*target) if target.count(-1) <= 1 else lengths(graph, shape)
+    computed = target.count(-1) > 1
+    name = lengths(graph, like) if computed else graph.ints(*target)
     return graph.emit("Reshape", value, name, shape=shape)
 
 
-def lengths(graph: Graph, shape: Shape) -> str:
-    """A shape as an int64 vector, computed from the graph's inputs where it is symbolic."""
-    if all(isinstance(n, int) for n in shape):
+def lengths(graph: Graph, name: str) -> str:
+    """The shape of a value as an int64 vector, computed from inputs where it is symbolic."""
+    shape = graph.shape(name)
+    if all(isinstance(n, int) and n for n in shape):
         return graph.ints(*(int(n) for n in shape))
-    return join(graph, [length(graph, n) for n in shape])
+    return join(graph, [length(graph, name, axis) for axis in range(len(shape))])
 
 
-def length(graph: Graph, dim: Dim) -> str:
-    """One length as an int64 vector of one element.
+def length(graph: Graph, name: str, axis: int) -> str:
+    """One length of a value as an int64 vector of one element.
 
-    Inputs live as long as the graph runs, so that a symbol costs no memory.
+    Read from an input that has it, since inputs live as long as the graph runs; only a length that
+    no input has is read from the value itself, right where that is made.
     """
-    if isinstance(dim, int):
+    dim = graph.shape(name)[axis]
+    if isinstance(dim, int) and dim:
         return graph.ints(dim)
-    for port in graph.inputs:
-        if dim in port.shape:
-            axis = port.shape.index(dim)
-            return graph.emit("Shape", port.name, shape=(1,), start=axis, end=axis + 1)
-    product = _PRODUCT.fullmatch(dim)
-    if product is None:
-        raise UnsupportedModelError(
-            f"length {dim!r} is not one of an input, so a gradient of that shape cannot be made"
-        )
-    factor = graph.ints(int(product.group(1)))
-    return graph.emit("Mul", factor, length(graph, product.group(2)), shape=(1,))
+    product = _PRODUCT.fullmatch(str(dim))
+    factor, symbol = (int(product.group(1)), product.group(2)) if product else (1, dim)
+    port = next((port for port in graph.inputs if symbol in port.shape), None)
+    if port is None:
+        return _own_length(graph, name, axis)
+    place = port.shape.index(symbol)
+    found = graph.emit("Shape", port.name, shape=(1,), start=place, end=place + 1)
+    return found if factor == 1 else graph.emit("Mul", found, graph.ints(factor), shape=(1,))
+
+
+def _own_length(graph: Graph, name: str, axis: int) -> str:
+    first = len(graph.nodes)
+    found = graph.emit("Shape", name, shape=(1,), start=axis, end=axis + 1)
+    producer = graph.producers().get(name)
+    if producer is not None:
+        beside(graph, producer, first)
+    return found
 
 
 def join(graph: Graph, vectors: Sequence[str]) -> str:
@@ -153,16 +163,16 @@ def join(graph: Graph, vectors: Sequence[str]) -> str:
     return graph.emit("Concat", *vectors, shape=(count,), axis=0)
 
 
-def zeros(graph: Graph, shape: Shape) -> str:
-    """A value full of zeros."""
-    return graph.emit("ConstantOfShape", lengths(graph, shape), shape=shape)
+def zeros(graph: Graph, like: str) -> str:
+    """Zeros in the shape of a value."""
+    return graph.emit("ConstantOfShape", lengths(graph, like), shape=graph.shape(like))
 
 
-def expanded(graph: Graph, value: str, shape: Shape) -> str:
-    """Repeat a value along its axes of length 1."""
-    if graph.shape(value) == shape:
+def expanded(graph: Graph, value: str, like: str) -> str:
+    """Repeat a value along its axes of length 1 to the shape of another one."""
+    if graph.shape(value) == graph.shape(like):
         return value
-    return graph.emit("Expand", value, lengths(graph, shape), shape=shape)
+    return graph.emit("Expand", value, lengths(graph, like), shape=graph.shape(like))
 
 
 def beside(graph: Graph, node: Node, first: int) -> None:

@@ -79,8 +79,7 @@ def _incoming(graph: Graph, node: Node, collected: dict[str, str]) -> str:
     if node.op != "Split":
         return collected.pop(node.outputs[0])
     parts = [
-        collected.pop(name) if name in collected else zeros(graph, graph.shape(name))
-        for name in node.outputs
+        collected.pop(name) if name in collected else zeros(graph, name) for name in node.outputs
     ]
     axis = node.attributes.get("axis", 0)
     return graph.emit("Concat", *parts, shape=graph.shape(node.inputs[0]), axis=axis)

@@ -38,7 +38,7 @@ def cast(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[s
 
 def reshape(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
     """Reshape, Squeeze, Unsqueeze and Flatten: the gradient takes the input's shape back."""
-    back = reshaped(graph, dy, graph.shape(node.inputs[0]))
+    back = reshaped(graph, dy, graph.shape(node.inputs[0]), node.inputs[0])
     return [back, *[None] * (len(node.inputs) - 1)]
 
 
@@ -77,15 +77,14 @@ def tile(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[s
 def concat(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
     """Each part takes its slice."""
     axis = axis_of(graph, node, dy, 0)
-    sizes = [graph.shape(name)[axis] for name in node.inputs]
     gradients: list[str | None] = []
     for index, (name, need) in enumerate(zip(node.inputs, needs, strict=True)):
         if not need:
             gradients.append(None)
             continue
-        start = _total(graph, sizes[:index])
-        last = index == len(sizes) - 1
-        end = graph.ints(2**63 - 1) if last else _total(graph, sizes[: index + 1])
+        start = _total(graph, node.inputs[:index], axis)
+        last = index == len(node.inputs) - 1
+        end = graph.ints(2**63 - 1) if last else _total(graph, node.inputs[: index + 1], axis)
         place = (start, end, graph.ints(axis))
         gradients.append(graph.emit("Slice", dy, *place, shape=graph.shape(name)))
     return gradients
@@ -97,11 +96,12 @@ def slice_(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence
     shape = graph.shape(x)
     starts, ends = integers(graph, node, 1), integers(graph, node, 2)
     axes = integers(graph, node, 3) if len(node.inputs) > 3 else list(range(len(starts)))
+    axes = [axis % len(shape) for axis in axes]
     if len(node.inputs) > 4 and set(integers(graph, node, 4)) != {1}:
         raise unsupported(node, "with steps")
-    before = [_before(graph, shape[axis], n) for axis, n in zip(axes, starts, strict=True)]
-    after = [_after(graph, shape[axis], n) for axis, n in zip(axes, ends, strict=True)]
-    padded = _padded(graph, dy, before, after, [axis % len(shape) for axis in axes], shape)
+    before = [_before(graph, x, axis, n) for axis, n in zip(axes, starts, strict=True)]
+    after = [_after(graph, x, axis, n) for axis, n in zip(axes, ends, strict=True)]
+    padded = _padded(graph, dy, before, after, axes, shape)
     return [padded, *[None] * (len(node.inputs) - 1)]
 
 
@@ -112,15 +112,15 @@ def gather(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence
     axis = axis_of(graph, node, x, 0)
     if index in graph.constants and graph.constants[index].ndim == 0:
         position = int(graph.constants[index])
-        wide = reshaped(graph, dy, (*shape[:axis], 1, *shape[axis + 1 :]))
-        before = _before(graph, shape[axis], position)
-        after = _after(graph, shape[axis], position + 1 if position != -1 else _END)
+        wide = graph.emit("Unsqueeze", dy, graph.ints(axis), shape=_single(shape, axis))
+        before = _before(graph, x, axis, position)
+        after = _after(graph, x, axis, position + 1 if position != -1 else _END)
         return [_padded(graph, wide, [before], [after], [axis], shape), None]
     if axis != 0:
         raise unsupported(node, f"of several indices along axis {axis}")
     place: Shape = (*graph.shape(index), 1)
     places = graph.emit("Unsqueeze", index, graph.ints(-1), shape=place)
-    target = zeros(graph, shape)
+    target = zeros(graph, x)
     return [graph.emit("ScatterND", target, places, dy, shape=shape, reduction="add"), None]
 
 
@@ -130,7 +130,7 @@ def gather_elements(
     """Each value goes back to where it was taken from, and adds up there."""
     x, index = node.inputs
     axis = axis_of(graph, node, x, 0)
-    target = zeros(graph, graph.shape(x))
+    target = zeros(graph, x)
     back = graph.emit(
         "ScatterElements", target, index, dy, shape=graph.shape(x), axis=axis, reduction="add"
     )
@@ -150,24 +150,30 @@ def pad(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[st
     return [middle, *[None] * (len(node.inputs) - 1)]
 
 
-def _before(graph: Graph, size: Dim, start: int) -> str:
-    """How many values lie before a slice that starts at ``start``, as a vector of one."""
+def _single(shape: Shape, axis: int) -> Shape:
+    return (*shape[:axis], 1, *shape[axis + 1 :])
+
+
+def _before(graph: Graph, x: str, axis: int, start: int) -> str:
+    """How many values lie before a slice of x that starts at ``start``, as a vector of one."""
+    size = graph.shape(x)[axis]
     if start >= 0:
         return graph.ints(min(start, size) if isinstance(size, int) else start)
     if isinstance(size, int):
         return graph.ints(max(0, size + start))
-    return graph.emit("Add", length(graph, size), graph.ints(start), shape=(1,))
+    return graph.emit("Add", length(graph, x, axis), graph.ints(start), shape=(1,))
 
 
-def _after(graph: Graph, size: Dim, end: int) -> str:
-    """How many values lie behind a slice that ends at ``end``, as a vector of one."""
+def _after(graph: Graph, x: str, axis: int, end: int) -> str:
+    """How many values lie behind a slice of x that ends at ``end``, as a vector of one."""
+    size = graph.shape(x)[axis]
     if end < 0:
         return graph.ints(-end)
     if end >= _END:
         return graph.ints(0)
     if isinstance(size, int):
         return graph.ints(max(0, size - end))
-    return graph.emit("Sub", length(graph, size), graph.ints(end), shape=(1,))
+    return graph.emit("Sub", length(graph, x, axis), graph.ints(end), shape=(1,))
 
 
 def _padded(
@@ -190,15 +196,14 @@ def _padded(
     return graph.emit("Pad", value, pads, graph.floats(0.0), graph.ints(*axes), shape=shape)
 
 
-def _total(graph: Graph, sizes: Sequence[Dim]) -> str:
-    """Sum of lengths as a vector of one."""
-    known = sum(n for n in sizes if isinstance(n, int))
-    symbols = [length(graph, n) for n in sizes if not isinstance(n, int)]
-    if not symbols:
-        return graph.ints(known)
-    if known:
-        symbols.append(graph.ints(known))
-    return reduce(lambda a, b: graph.emit("Add", a, b, shape=(1,)), symbols)
+def _total(graph: Graph, names: Sequence[str], axis: int) -> str:
+    """Sum of the lengths of values along an axis, as a vector of one."""
+    sizes = [length(graph, name, axis) for name in names]
+    fixed = sum(int(graph.constants[name][0]) for name in sizes if name in graph.constants)
+    computed = [name for name in sizes if name not in graph.constants]
+    if fixed or not computed:
+        computed.append(graph.ints(fixed))
+    return reduce(lambda a, b: graph.emit("Add", a, b, shape=(1,)), computed)
 
 
 RULES: dict[str, Rule] = {
