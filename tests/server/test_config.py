@@ -192,7 +192,14 @@ def test_run_that_can_work_is_let_through(model):
         ({"model": "/nowhere"}, "/nowhere holds no config.json"),
         ({"method": "fedmagic"}, "no method 'fedmagic'"),
         ({"method_options": {"magic": 1}}, "no option magic"),
-        ({"codec": "int3"}, "unknown codec 'int3'"),
+        ({"codec": "int5"}, "unknown wire scheme 'int5'"),
+        ({"codec": "int4", "codec_options": {"delt": 1}}, "codec_options: 'delt' is unknown"),
+        ({"codec": "int4", "codec_options": {"rotation_block": 3}}, "a power of two"),
+        ({"codec": "adaptive"}, "adaptive needs budget_bytes"),
+        (
+            {"codec": "int4", "method": "flexlora", "codec_options": {"error_feedback": True}},
+            "does not go with method flexlora",
+        ),
         ({"evaluation_data": "/nowhere.jsonl"}, "cannot read evaluation_data"),
         (
             {"server_optimizer": "adam", "server_optimizer_options": {"momentum": 1}},

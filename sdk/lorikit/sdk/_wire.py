@@ -38,7 +38,8 @@ class WireTensors:
     tensors: dict[str, Encoded]
     header: WireHeader
     left: Tensors
-    """What the encoding left out, by name, in the shape of what is sent."""
+    """What the encoding left out, in the shape of what is sent, and what was carried of tensors
+    that are not sent this time."""
 
 
 def check_scheme(scheme: WireScheme) -> None:
@@ -134,7 +135,8 @@ def encode_tensors(
     encoded = {
         name: wire.encode(value, name, header, codecs[name]) for name, value in values.items()
     }
-    left = {name: values[name] - wire.decode(encoded[name], name, header) for name in values}
+    left = {name: rest for name, rest in carried.items() if name not in values}
+    left |= {name: values[name] - wire.decode(encoded[name], name, header) for name in values}
     return WireTensors(encoded, header, left)
 
 

@@ -24,7 +24,6 @@ from pydantic import ValidationError
 from lorikit.proto.limits import MAX_MESSAGE_BYTES
 from lorikit.proto.status import ErrorCode
 from lorikit.proto.tensors import Tensors
-from lorikit.quantization import codec
 from lorikit.server.config import (
     ConfigError,
     RunConfig,
@@ -44,6 +43,7 @@ from lorikit.server.methods.server_optimizer import ServerOptimizer, ServerOptim
 from lorikit.server.offload import Offload
 from lorikit.server.operator import OperatorService
 from lorikit.server.planner.planner import Planner
+from lorikit.server.plans import wire_scheme
 from lorikit.server.rounds import RunLoop
 from lorikit.server.runs import Runs, Summary
 from lorikit.server.service import DeviceService
@@ -417,7 +417,7 @@ def check_run(config: RunConfig) -> None:
                 "on the server"
             )
         make_method(config)
-        codec(config.codec)
+        wire_scheme(config)
         if config.evaluation_data is not None:
             read_evaluation_data(config.evaluation_data, config.task)
     except (LorikitError, ValueError) as error:

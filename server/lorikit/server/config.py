@@ -122,7 +122,14 @@ class RunConfig(_Settings):
     """Precisions of the base model that devices may get, the best quality first."""
 
     codec: str = "fp32"
-    """Wire codec of updates."""
+    """Wire codec of updates: ``fp32``, ``fp16``, ``bf16`` as plain values; ``int8-block64``,
+    ``int6``, ``int4``, ``int3``, ``int2``, ``int1``, ``topk`` or ``adaptive`` as changes against
+    the adapter a device received."""
+
+    codec_options: dict[str, JsonValue] = {}
+    """Options of the wire codec by name: ``delta``, ``stochastic``, ``rotation_block``,
+    ``error_feedback``, ``compressed``, ``top_share`` of ``topk``, ``budget_bytes`` of
+    ``adaptive``."""
 
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Seed of everything random in the run."""

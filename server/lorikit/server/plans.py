@@ -15,10 +15,31 @@ from typing import Any, Protocol
 
 from lorikit.proto.device import Profile
 from lorikit.proto.manifest import AdapterTensor
-from lorikit.proto.plan import Operation, Phase, Plan, PlanFacts
+from lorikit.proto.plan import (
+    ADAPTIVE,
+    WIRE_FEATURE,
+    Operation,
+    Phase,
+    Plan,
+    PlanFacts,
+    WireScheme,
+)
+from lorikit.quantization.wire import check_scheme
 from lorikit.server.config import RunConfig
 from lorikit.server.errors import CompileError
 from lorikit.server.methods.base import Assignment
+
+_PLAIN_CODECS = ("fp32", "fp16", "bf16")
+"""Codecs that hold plain values unless options ask for a wire scheme."""
+
+_OPTIONS = (
+    "budget_bytes", "compressed", "delta", "error_feedback", "rotation_block", "stochastic",
+    "top_share",
+)  # fmt: skip
+"""Options of a wire scheme that a run may set."""
+
+_NEW_COORDINATES = ("flexlora", "flora", "frlora")
+"""Methods that factor the adapter anew each round: what an update left out means nothing later."""
 
 _NAME_BYTES = 256
 """Room for the name, the shape and the framing of a tensor in an update."""
@@ -60,6 +81,8 @@ class ExpectedTensor:
     """LoRA module; its two tensors have one rank."""
     is_statistic: bool = False
     """Not an adapter tensor, so that the bound on the norm does not apply."""
+    is_change: bool = False
+    """Whether it travels as the change against the adapter that the device received."""
 
 
 Expected = Mapping[str, ExpectedTensor]
@@ -86,6 +109,7 @@ def build_plan(
     profile: Profile,
     *,
     round_number: int,
+    counted_round: int | None = None,
 ) -> Plan:
     """The plan of one device for one round.
 
@@ -96,6 +120,7 @@ def build_plan(
         adapter: Adapter tensors of the chosen package.
         profile: The device's.
         round_number: Joins the seed, so that no two rounds draw the same order of data.
+        counted_round: Last earlier round whose update from this device was counted; None if none.
 
     Raises:
         CompileError: The assignment trains a tensor that the package holds still.
@@ -123,7 +148,8 @@ def build_plan(
         phases=phases,
         operations=assignment.operations,
         send=(*trained, *(name for o in assignment.operations for name in _statistics(o))),
-        codec=config.codec if config.codec in profile.codecs else "fp32",
+        codec=_plain_codec(config, profile),
+        wire=_wire(config, profile, trained, round_number, counted_round),
         max_length=config.max_length,
         seed=seed,
         facts=PlanFacts(
@@ -136,6 +162,48 @@ def build_plan(
             predicted_peak_memory_bytes=choice.predicted_peak_memory_bytes,
         ),
     )
+
+
+def wire_scheme(
+    config: RunConfig, *, round_number: int = 0, counted_round: int | None = None
+) -> WireScheme | None:
+    """How updates of the run travel; None: as plain values in the run's codec.
+
+    Error feedback is on below 8 bits unless the method factors the adapter anew each round; without
+    it, rounding is stochastic.
+
+    Raises:
+        ValueError: Unknown codec or option, or a value out of range; names it.
+    """
+    check_scheme(config.codec)
+    options: dict[str, Any] = dict(config.codec_options)
+    if unknown := sorted(options.keys() - set(_OPTIONS)):
+        raise ValueError(
+            f"codec_options: {unknown[0]!r:.80} is unknown; known are {', '.join(_OPTIONS)}"
+        )
+    if config.codec in _PLAIN_CODECS and not options:
+        return None
+    is_coarse = config.codec not in (*_PLAIN_CODECS, "int8-block64")
+    moves = config.method in _NEW_COORDINATES
+    feedback = options.get("error_feedback", is_coarse and not moves)
+    if feedback and moves:
+        raise ValueError(
+            f"codec_options: error_feedback does not go with method {config.method}, which factors "
+            "the adapter anew each round; set it to false"
+        )
+    defaults = {"error_feedback": feedback, "stochastic": not feedback}
+    if config.codec == ADAPTIVE and "budget_bytes" not in options:
+        raise ValueError(f"codec {ADAPTIVE} needs budget_bytes in codec_options")
+    try:
+        return WireScheme(
+            codec=config.codec,
+            stream=identifier("wire", config.canonical()),
+            round=round_number,
+            counted_round=counted_round,
+            **{**defaults, **options},
+        )
+    except TypeError as error:
+        raise ValueError(f"codec_options: {error}") from error
 
 
 def trained_names(assignment: Assignment, adapter: Iterable[AdapterTensor]) -> tuple[str, ...]:
@@ -177,7 +245,12 @@ def expected_update(
 ) -> dict[str, ExpectedTensor]:
     """What the update of that plan must hold."""
     tensors = {tensor.name: tensor for tensor in adapter}
-    expected = {name: _expected(tensors[name], assignment) for name in plan.send if name in tensors}
+    is_change = plan.wire is not None and plan.wire.delta
+    expected = {
+        name: dataclasses.replace(_expected(tensors[name], assignment), is_change=is_change)
+        for name in plan.send
+        if name in tensors
+    }
     width = _head_width(tensors.values(), classes)
     for operation in plan.operations:
         shapes = _statistics(operation, classes=classes, width=width)
@@ -222,6 +295,27 @@ def assignment_from_json(text: str) -> Assignment:
     for name in ("gradient_operations", "operations"):
         fields[name] = tuple(_operation(operation) for operation in fields[name])
     return Assignment(**fields)
+
+
+def _plain_codec(config: RunConfig, profile: Profile) -> str:
+    """Codec of what does not travel by a wire scheme, such as statistics."""
+    is_plain = config.codec in _PLAIN_CODECS and config.codec in profile.codecs
+    return config.codec if is_plain else "fp32"
+
+
+def _wire(
+    config: RunConfig,
+    profile: Profile,
+    trained: tuple[str, ...],
+    round_number: int,
+    counted_round: int | None,
+) -> WireScheme | None:
+    """The run's scheme where the device knows it and has adapter tensors to send."""
+    if not trained or not {WIRE_FEATURE} <= set(profile.codecs):
+        return None
+    if config.codec != ADAPTIVE and config.codec not in profile.codecs:
+        return None
+    return wire_scheme(config, round_number=round_number, counted_round=counted_round)
 
 
 def _operation(fields: Mapping[str, Any]) -> Operation:

@@ -7,6 +7,7 @@ never exceeds what the plan allowed.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +15,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from lorikit.proto.status import ErrorCode
-from lorikit.proto.tensors import MalformedTensorError, Tensors, unpack
-from lorikit.quantization import QuantizationError, codec
+from lorikit.proto.tensors import (
+    Bundle,
+    Encoded,
+    Float32,
+    MalformedTensorError,
+    Tensors,
+    WireHeader,
+    unpack,
+)
+from lorikit.quantization import QuantizationError, codec, wire
 from lorikit.server.errors import RequestError
-from lorikit.server.plans import Expected, ExpectedTensor
+from lorikit.server.plans import Expected, ExpectedTensor, largest_update_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,8 @@ class Update:
 
     tensors: Tensors
     scalars: Mapping[str, float]
+    changes: frozenset[str] = frozenset()
+    """Tensors that are still changes against the adapter the device received."""
 
 
 def read_update(data: bytes, expected: Expected, *, max_norm: float) -> Update:
@@ -34,14 +45,16 @@ def read_update(data: bytes, expected: Expected, *, max_norm: float) -> Update:
     Args:
         data: A serialised bundle.
         expected: The tensors it must have, no more and no fewer.
-        max_norm: Largest joint l2 norm of its adapter tensors.
+        max_norm: Largest joint l2 norm of its adapter tensors as they travel: of the changes, where
+            the plan asked for changes.
 
     Raises:
         RequestError: UPDATE_INVALID; the detail names the tensor and what is wrong with it.
     """
     try:
-        bundle = unpack(data)
-    except MalformedTensorError as error:
+        bundle = wire.expanded(unpack(data), max_bytes=largest_update_bytes(expected))
+        _check_header(bundle, expected)
+    except (MalformedTensorError, QuantizationError) as error:
         raise _invalid(str(error)) from error
     _check_names(set(bundle.tensors), set(expected))
     ranks: dict[str, int] = {}
@@ -50,7 +63,8 @@ def read_update(data: bytes, expected: Expected, *, max_norm: float) -> Update:
     tensors: Tensors = {}
     for name in expected:
         try:
-            tensors[name] = codec(bundle.tensors[name].codec).decode(bundle.tensors[name])
+            header = None if expected[name].is_statistic else bundle.wire
+            tensors[name] = _decoded(bundle.tensors[name], name, header)
         except QuantizationError as error:
             raise _invalid(f"{name}: {error}") from error
         if not np.isfinite(tensors[name]).all():
@@ -59,7 +73,47 @@ def read_update(data: bytes, expected: Expected, *, max_norm: float) -> Update:
         if not math.isfinite(value):
             raise _invalid(f"scalar {name[:80]!r} is {value}")
     _check_norm(tensors, expected, max_norm)
-    return Update(tensors, dict(bundle.scalars))
+    changes = frozenset(name for name, wanted in expected.items() if wanted.is_change)
+    return Update(tensors, dict(bundle.scalars), changes)
+
+
+def with_received(update: Update, received: Tensors) -> Update:
+    """The update with its changes added to the adapter that the device received.
+
+    A tensor whose rank was pruned is compared with the first part of what was received.
+    """
+    tensors = dict(update.tensors)
+    for name in update.changes:
+        change = tensors[name]
+        tensors[name] = received[name][tuple(slice(length) for length in change.shape)] + change
+    return dataclasses.replace(update, tensors=tensors, changes=frozenset())
+
+
+def read_adapter(data: bytes) -> Tensors:
+    """The adapter that devices received, from the blob they got."""
+    bundle = unpack(data)
+    return {name: codec(each.codec).decode(each) for name, each in bundle.tensors.items()}
+
+
+def _check_header(bundle: Bundle, expected: Expected) -> None:
+    """Refuse an update that does not travel as its plan asked.
+
+    Raises:
+        QuantizationError: Unknown version or scheme, or values where changes were asked for.
+    """
+    if bundle.wire is not None:
+        wire.check_header(bundle.wire)
+    sends_changes = bundle.wire is not None and bundle.wire.delta
+    if sends_changes != any(wanted.is_change for wanted in expected.values()):
+        kinds = ("absolute values", "changes")
+        sent, asked = kinds if not sends_changes else reversed(kinds)
+        raise QuantizationError(f"the update holds {sent}, the plan asked for {asked}")
+
+
+def _decoded(encoded: Encoded, name: str, header: WireHeader | None) -> Float32:
+    if header is None:
+        return codec(encoded.codec).decode(encoded)
+    return wire.decode(encoded, name, header)
 
 
 def _check_names(given: set[str], wanted: set[str]) -> None:

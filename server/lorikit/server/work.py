@@ -51,7 +51,7 @@ from lorikit.server.plans import (
 from lorikit.server.store.blobs import FolderBlobs
 from lorikit.server.store.sql import SqlStore
 from lorikit.server.store.tables import DeviceRow, RoundRow, TaskRow, UpdateRow
-from lorikit.server.updates import read_update
+from lorikit.server.updates import read_adapter, read_update, with_received
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +138,9 @@ class RunParts:
     """Writes an adapter of that rank as a PEFT folder."""
     evaluation: EvaluationData | None = None
 
+
+_REMEMBERED_ROUNDS = 34
+"""Rounds looked back for a device's last update; its error feedback forgets sooner."""
 
 _Facts = tuple[str, Mapping[str, float], float | None]
 """What a participant follows from: profile, the method's memory, measured speed."""
@@ -398,6 +401,7 @@ class RoundWork:
             package.manifest.adapter,
             profile,
             round_number=row.number,
+            counted_round=self._counted_round(row.number, assignment.device_id),
         )
         _check_operations(plan, profile)
         expected = expected_update(
@@ -449,6 +453,9 @@ class RoundWork:
                 expected_from_json(task.expected),
                 max_norm=math.inf,
             )
+            if content.changes:
+                received = read_adapter(self._blobs.read_whole(task.adapter_digest))
+                content = with_received(content, received)
             yield Contribution(
                 device_id=update.device_id,
                 assignment=assignment_from_json(task.assignment),
@@ -456,6 +463,14 @@ class RoundWork:
                 scalars=content.scalars,
                 examples=update.examples,
             )
+
+    def _counted_round(self, number: int, device_id: str) -> int | None:
+        """Last round before ``number`` whose update from the device was counted, if of late."""
+        for earlier in range(number - 1, max(-1, number - _REMEMBERED_ROUNDS), -1):
+            updates = self._store.updates(self._run_id, earlier)
+            if any(update.device_id == device_id for update in updates):
+                return earlier
+        return None
 
     def _last_tasks(self) -> dict[str, TaskRow]:
         """The last training task of each device."""
