@@ -26,6 +26,7 @@ RNG = np.random.default_rng(0)
 NAMES = ("fedex-lora", "flora", "frlora")
 S = 2.0
 SHARES = (0.1, 0.2, 0.3, 0.4)
+EQUAL = (0.25, 0.25, 0.25, 0.25)
 
 
 def played(
@@ -54,6 +55,14 @@ def mean_product(updates: list[Contribution], a: AdapterTensor, b: AdapterTensor
             for p, u in zip(SHARES, updates, strict=True)
         )
     )
+
+
+def mean_of(
+    updates: list[Contribution], name: str, shares: tuple[float, ...] = SHARES
+) -> np.ndarray:
+    """Weighted mean of one tensor, in float64."""
+    parts = [p * u.tensors[name].astype("f8") for p, u in zip(shares, updates, strict=True)]
+    return np.asarray(np.sum(parts, axis=0))
 
 
 def delta_of(state: State, a: AdapterTensor, b: AdapterTensor) -> np.ndarray:
@@ -125,12 +134,8 @@ def test_fedex_adds_the_residual_and_not_its_transpose(
     state, updates = played(method, method.start(space, initial), space, device, trainer)
 
     for a, b in space.pairs():
-        mean_a = sum(
-            p * u.tensors[a.name].astype("f8") for p, u in zip(SHARES, updates, strict=True)
-        )
-        mean_b = sum(
-            p * u.tensors[b.name].astype("f8") for p, u in zip(SHARES, updates, strict=True)
-        )
+        mean_a = mean_of(updates, a.name)
+        mean_b = mean_of(updates, b.name)
         residual = mean_product(updates, a, b) - S * mean_b @ mean_a
         assert residual.shape == (b.shape[0], a.shape[1])
         np.testing.assert_allclose(delta_of(state, a, b), residual, atol=1e-4)
@@ -188,15 +193,15 @@ def test_frlora_folds_the_change_of_the_plain_mean_and_goes_back_to_the_principa
     state, updates = played(method, start, space, device, trainer)
 
     for a, b in space.pairs():
-        mean_a = sum(u.tensors[a.name].astype("f8") for u in updates) / 4
-        mean_b = sum(u.tensors[b.name].astype("f8") for u in updates) / 4
+        mean_a = mean_of(updates, a.name, EQUAL)
+        mean_b = mean_of(updates, b.name, EQUAL)
         change = S * (mean_b @ mean_a - initial[b.name].astype("f8") @ initial[a.name])
         wanted = delta_of(start, a, b) + change
         np.testing.assert_allclose(delta_of(state, a, b), wanted, atol=1e-4)
         assert np.array_equal(state.tensors[a.name], initial[a.name])
         assert np.array_equal(state.tensors[b.name], initial[b.name])
     head = "classifier.weight"
-    mean = sum(u.tensors[head].astype("f8") for u in updates) / 4
+    mean = mean_of(updates, head, EQUAL)
     np.testing.assert_allclose(state.tensors[head], mean, rtol=1e-5, atol=1e-6)
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,13 +65,9 @@ def test_an_update_that_brings_an_a_along_does_not_move_it(
     a = space.pairs()[0][0].name
     forged = {**update.tensors, a: initial[a] + 1}
 
-    after = method.aggregate(state, space, [Contribution(**{**_fields(update), "tensors": forged})])
+    after = method.aggregate(state, space, [replace(update, tensors=forged)])
 
     assert np.array_equal(after.tensors[a], initial[a])
-
-
-def _fields(update: Contribution) -> dict[str, object]:
-    return {name: getattr(update, name) for name in Contribution.__slots__}
 
 
 def test_orthogonal_rows_span_the_same_space_at_the_same_mean_length() -> None:

@@ -37,7 +37,7 @@ def error(
         )
         own = 2.0 * adapter[b.name].astype("f8") @ adapter[a.name]
         squares += float(np.sum((own - wanted) ** 2))
-    return squares**0.5
+    return float(np.sqrt(squares))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

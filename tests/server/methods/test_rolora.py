@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_uniform_weights_are_the_papers_plain_mean(
 
 
 def test_the_optimiser_of_a_round_knows_the_active_factor_alone(
-    space: AdapterSpace, initial: Tensors, device: Devices, tmp_path
+    space: AdapterSpace, initial: Tensors, device: Devices, tmp_path: Path
 ) -> None:
     """Momentum of a factor that was frozen two rounds ago cannot be applied: it has no slot."""
     method, config = RoLoRA(), run_config(tmp_path)
