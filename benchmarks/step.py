@@ -53,7 +53,7 @@ def device_step(package: Path, digest: str, work: Work, threads: int) -> dict[st
     from lorikit.proto.manifest import load
     from lorikit.proto.plan import OptimizerConfig, Phase, Plan
     from lorikit.proto.tensors import Bundle
-    from lorikit.sdk._data import Dataset
+    from lorikit.sdk._data import read_dataset
     from lorikit.sdk._events import Progress
     from lorikit.sdk._memory import memory_use
     from lorikit.sdk._plan import PlanExecutor
@@ -75,7 +75,7 @@ def device_step(package: Path, digest: str, work: Work, threads: int) -> dict[st
         for i in range(max(8, work.batch))
     ]
     rows = [{"text": text, "label": i % LABELS} for i, text in enumerate(texts)]
-    data = Dataset(rows, tokenizer, manifest.task, work.length)
+    data = read_dataset(rows, manifest, tokenizer, work.length)
     engine = open_engine(None, manifest, package, threads=threads)
     rng = np.random.default_rng(0)
     adapter = {

@@ -5,15 +5,16 @@ import numpy as np
 import pytest
 from tests.sdk.engines.tiny_package import LABELS, tokenizer_json
 
-from lorikit.proto.manifest import Task
-from lorikit.sdk._data import Dataset
+from lorikit.proto.manifest import Task, TextInput
+from lorikit.sdk._data import ClassifiedTexts, TextReader
 from lorikit.sdk._errors import DataError, PackageError
 
 TASK = Task(kind="sequence-classification", labels=LABELS)
 
 
-def _dataset(rows: object, max_length: int = 8, **options: int) -> Dataset:
-    return Dataset(rows, tokenizer_json(), TASK, max_length, **options)  # type: ignore[arg-type]
+def _dataset(rows: object, max_length: int = 8, **options: int) -> ClassifiedTexts:
+    reader = TextReader(tokenizer_json(), None, max_length, **options)
+    return ClassifiedTexts(rows, TASK, reader)  # type: ignore[arg-type]
 
 
 def test_mappings_and_pairs_and_labels_by_name_and_number_mean_the_same() -> None:
@@ -33,7 +34,8 @@ def test_rows_may_come_from_a_generator() -> None:
 
 def test_task_names_the_columns() -> None:
     task = Task(kind="sequence-classification", labels=LABELS, text_column="q", label_column="y")
-    data = Dataset([{"q": "w0", "y": "ask", "note": None}], tokenizer_json(), task, 4)
+    reader = TextReader(tokenizer_json(), None, 4)
+    data = ClassifiedTexts([{"q": "w0", "y": "ask", "note": None}], task, reader)
     np.testing.assert_array_equal(data.labels, [0])
 
 
@@ -62,7 +64,7 @@ def test_batches_hold_each_example_once_the_longest_first() -> None:
 
 def test_tokens_take_two_bytes_each() -> None:
     data = _dataset([("w1 w2 w3 w4", 0)] * 10)
-    assert data._tokens._flat.nbytes == 10 * 4 * 2
+    assert data._tokens.ids.nbytes == 10 * 4 * 2
 
 
 @pytest.mark.parametrize(
@@ -87,9 +89,33 @@ def test_bad_row_is_named(row: object, message: str) -> None:
 
 def test_broken_tokeniser_is_an_error_of_the_package() -> None:
     with pytest.raises(PackageError, match=r"not a tokenizer\.json"):
-        Dataset([("w1", 0)], b"{}", TASK, 8)
+        TextReader(b"{}", None, 8)
 
 
 def test_texts_to_predict_need_no_labels() -> None:
-    data = Dataset.of_texts(["w1", "w2 w3"], tokenizer_json(), TASK, 8)
+    reader = TextReader(tokenizer_json(), None, 8)
+    data = ClassifiedTexts.to_predict(["w1", "w2 w3"], TASK, reader)
     np.testing.assert_array_equal(data.lengths, [1, 2])
+
+
+def test_example_comes_again_in_every_epoch() -> None:
+    data = _dataset([("w1", 0), ("w2", 1), ("w3", 2)])
+
+    first, later = data.batch([1]), data.batch([1 + 3 * 7])
+
+    np.testing.assert_array_equal(first.inputs["input_ids"], later.inputs["input_ids"])
+    np.testing.assert_array_equal(data.counted([1, 4, 22]), [1, 1, 1])
+    assert [group.tolist() for group in data.grouped([4, 2, 22], 2)] == [[4, 2], [22]]
+
+
+def test_model_bounds_the_length_and_names_the_padding() -> None:
+    text = TextInput(max_positions=3, pad_id=49)
+    data = ClassifiedTexts(
+        [("w1 w2 w3 w4", 0), ("w1", 0)], TASK, TextReader(tokenizer_json(), text, 8)
+    )
+
+    batch = data.batch([0, 1])
+
+    assert data.max_length == 3
+    np.testing.assert_array_equal(batch.inputs["input_ids"], [[3, 4, 5], [3, 49, 49]])
+    np.testing.assert_array_equal(batch.inputs["attention_mask"], [[1, 1, 1], [1, 0, 0]])

@@ -10,7 +10,7 @@ from tests.sdk.engines.tiny_package import INPUTS, build_tiny_package, example_r
 
 from lorikit.proto.plan import OPERATIONS, Operation
 from lorikit.proto.tensors import Tensors
-from lorikit.sdk._data import Dataset
+from lorikit.sdk._data import Dataset, read_dataset
 from lorikit.sdk._errors import PlanRefusedError
 from lorikit.sdk._operations import (
     FINAL_OPERATIONS,
@@ -160,7 +160,7 @@ def test_modules_of_different_ranks_are_refused(rng: np.random.Generator) -> Non
 def _class_sums(folder: Path, operation: ClassSums) -> tuple[Result, Dataset, np.ndarray]:
     package = build_tiny_package(folder)
     tokenizer = (folder / package.manifest.tokenizer.digest).read_bytes()
-    data = Dataset(example_rows(11), tokenizer, package.manifest.task, 16)
+    data = read_dataset(example_rows(11), package.manifest, tokenizer, 16)
     adapter = package.adapter()
     engine = open_engine("onnx", package.manifest, folder, threads=1)
     result = operation.run(

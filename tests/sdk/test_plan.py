@@ -21,7 +21,7 @@ from tests.sdk.engines.tiny_package import (
 from lorikit.proto.plan import Operation, OptimizerConfig, Phase, Plan
 from lorikit.proto.tensors import Bundle, Tensors, pack
 from lorikit.quantization import codec
-from lorikit.sdk._data import Dataset
+from lorikit.sdk._data import read_dataset
 from lorikit.sdk._errors import (
     CancelledError,
     DataError,
@@ -52,7 +52,7 @@ class Device:
         self.package: TinyPackage = build_tiny_package(folder)
         manifest = self.package.manifest
         tokenizer = (folder / manifest.tokenizer.digest).read_bytes()
-        self.data = Dataset(example_rows(examples), tokenizer, manifest.task, 16)
+        self.data = read_dataset(example_rows(examples), manifest, tokenizer, 16)
         self.events: list[Progress] = []
 
     def engine(self) -> Engine:

@@ -10,15 +10,16 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import overload
 
 from lorikit.proto.device import Profile
 from lorikit.sdk._config import ClientConfig, parse_bytes
 from lorikit.sdk._connection import Connection
-from lorikit.sdk._data import Row
+from lorikit.sdk._data import Image, Row
 from lorikit.sdk._errors import CancelledError, EngineUnavailableError
 from lorikit.sdk._events import Event, State
 from lorikit.sdk._feed import Feed
-from lorikit.sdk._model import LocalModel
+from lorikit.sdk._model import LocalModel, Prediction
 from lorikit.sdk._profile import profile
 from lorikit.sdk._session import Session, Stop
 from lorikit.sdk._store import Store
@@ -173,19 +174,35 @@ class Client:
         """Events from now until the current (or else the next) run ends."""
         return self._feed.events()
 
-    def predict(self, texts: Sequence[str]) -> list[tuple[str, float]]:
-        """The most probable label of each text with its probability, by the newest adapter.
+    @overload
+    def predict(self, examples: Sequence[Image]) -> list[Prediction]: ...
+
+    @overload
+    def predict(
+        self, examples: Sequence[list[str]] | Sequence[tuple[str, ...]]
+    ) -> list[list[Prediction]]: ...
+
+    def predict(self, examples: Sequence[object]) -> list[Prediction] | list[list[Prediction]]:
+        """The most probable label of each example with its probability, by the newest adapter.
 
         Works while training and without a connection. The newest adapter is the last one that the
         server handed out: the run's final one once it is finished.
 
+        Args:
+            examples: What the task reads: texts; images (as arrays, Pillow images, or paths); or
+                lists of words, each of which gets a label of its own.
+
         Raises:
-            PackageError: There is no adapter yet.
+            PackageError: There is no adapter yet, or its model names no classes.
+            DataError: An example is not what the task reads.
         """
-        return self._model.predict(texts)
+        return self._model.predict(examples)
 
     def evaluate(self, rows: Iterable[Row]) -> dict[str, float]:
         """``accuracy``, ``loss`` and ``examples`` of the newest adapter on labelled rows.
+
+        For language models also ``perplexity``. Accuracy and loss are means over all labels: of
+        rows, or of words or tokens where those are labelled.
 
         Raises:
             PackageError: There is no adapter yet.

@@ -6,27 +6,40 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import NamedTuple
 
 from lorikit.proto.manifest import Manifest
 from lorikit.proto.tensors import Tensors
-from lorikit.sdk._data import Dataset, Row
-from lorikit.sdk._errors import PackageError
-from lorikit.sdk._inference import log_probabilities, logits_of, measure
+from lorikit.sdk._data import (
+    ClassifiedImages,
+    ClassifiedTexts,
+    ClassifiedWords,
+    Dataset,
+    Row,
+    TextReader,
+    read_dataset,
+)
+from lorikit.sdk._errors import DataError, PackageError
+from lorikit.sdk._inference import LANGUAGE_MODELING, batch_size, best, labelled, measure
 from lorikit.sdk._packages import read_adapter, read_manifest
 from lorikit.sdk._store import LastAdapter, Store
 from lorikit.sdk.engines import open_engine
 from lorikit.sdk.engines.base import Engine
 
-_BATCH_SIZE = 4
+
+class Prediction(NamedTuple):
+    """The most probable class of a text, an image or a word."""
+
+    label: str
+    probability: float
+    """0 to 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Opened:
     last: LastAdapter
     manifest: Manifest
-    tokenizer: bytes
+    tokenizer: bytes | None
     adapter: Tensors
     engine: Engine
 
@@ -42,25 +55,31 @@ class LocalModel:
         self._opened: _Opened | None = None
         self._lock = threading.Lock()
 
-    def predict(self, texts: Sequence[str]) -> list[tuple[str, float]]:
-        """The most probable label of each text, and its probability.
+    def predict(self, examples: Sequence[object]) -> list[Prediction] | list[list[Prediction]]:
+        """The most probable class of each example, or of each of its words.
 
         Raises:
-            PackageError: There is no adapter yet, or it does not lie in the store any more.
+            PackageError: There is no adapter yet, or it does not lie in the store any more; or its
+                model continues texts instead of naming classes.
+            DataError: An example is not what the task reads; names it and says what would do.
         """
         with self._lock:
             opened = self._open()
-            task, labels = opened.manifest.task, opened.manifest.task.labels
-            data = Dataset.of_texts(texts, opened.tokenizer, task, opened.last.max_length)
-            logits = self._logits(opened, data)
-        if not len(data):
-            return []
-        best = logits.argmax(axis=1)
-        chances = np.exp(log_probabilities(logits)[np.arange(len(best)), best])
-        return [(labels[c], float(p)) for c, p in zip(best, chances, strict=True)]
+            task = opened.manifest.task
+            data = _to_predict(examples, opened)
+            found: list[list[Prediction]] = [[] for _ in range(len(data))]
+            for each in labelled(
+                opened.engine,
+                data,
+                opened.adapter,
+                opened.last.inputs,
+                batch_size=batch_size(task),
+            ):
+                found[each.example] = [Prediction(task.labels[c], p) for c, p in best(each.logits)]
+        return found if task.kind == "token-classification" else [each[0] for each in found]
 
     def evaluate(self, rows: Iterable[Row]) -> dict[str, float]:
-        """Accuracy (0 to 1), mean loss (nats) and number of the rows.
+        """Accuracy (0 to 1), mean loss (nats) and number of the rows; see ``measure``.
 
         Raises:
             PackageError: There is no adapter yet, or it does not lie in the store any more.
@@ -68,10 +87,10 @@ class LocalModel:
         """
         with self._lock:
             opened = self._open()
-            task, length = opened.manifest.task, opened.last.max_length
-            data = Dataset(rows, opened.tokenizer, task, length)
-            logits = self._logits(opened, data)
-        return {**measure(logits, data.labels), "examples": float(len(data))}
+            manifest, last = opened.manifest, opened.last
+            data = read_dataset(rows, manifest, opened.tokenizer, last.max_length)
+            metrics = measure(opened.engine, manifest.task, data, opened.adapter, last.inputs)
+        return {**metrics, "examples": float(len(data))}
 
     def close(self) -> None:
         """Give the engine's memory back; the next use opens it again."""
@@ -90,25 +109,54 @@ class LocalModel:
         for blob in manifest.blobs():
             if blob.digest in last.blobs and not blobs.has(blob):
                 raise PackageError(f"blob {blob.digest} is gone: connect and run again")
-        if manifest.tokenizer is None:
-            raise PackageError("the package has no tokeniser, so it cannot read text")
         self._opened = _Opened(
             last=last,
             manifest=manifest,
-            tokenizer=blobs.read(manifest.tokenizer),
+            tokenizer=None if manifest.tokenizer is None else blobs.read(manifest.tokenizer),
             adapter=read_adapter(blobs, last.adapter, manifest),
             engine=open_engine(self._engine_name, manifest, blobs.folder, threads=self._threads),
         )
         return self._opened
 
-    def _logits(
-        self, opened: _Opened, data: Dataset
-    ) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-        return logits_of(
-            opened.engine, data, opened.adapter, opened.last.inputs, batch_size=_BATCH_SIZE
-        )
-
     def _close(self) -> None:
         if self._opened is not None:
             self._opened.engine.close()
             self._opened = None
+
+
+def _to_predict(examples: Sequence[object], opened: _Opened) -> Dataset:
+    manifest = opened.manifest
+    task = manifest.task
+    if task.kind in LANGUAGE_MODELING:
+        raise PackageError(
+            f"the package is for {task.kind}, which has no classes to predict"
+            + ("; use generate()" if task.kind.startswith("causal") else "")
+        )
+    if task.kind == "image-classification" and manifest.image is not None:
+        return ClassifiedImages.to_predict(examples, task, manifest.image)
+    if opened.tokenizer is None:
+        raise PackageError("the package has no tokeniser, so it cannot read text")
+    reader = TextReader(opened.tokenizer, manifest.text, opened.last.max_length)
+    if task.kind == "token-classification":
+        return ClassifiedWords.to_predict(
+            [_words(n, e) for n, e in enumerate(examples)], task, reader
+        )
+    return ClassifiedTexts.to_predict([_text(n, e) for n, e in enumerate(examples)], task, reader)
+
+
+def _text(number: int, example: object) -> str:
+    if not isinstance(example, str):
+        raise DataError(
+            f"example {number}: the package classifies texts, got {type(example).__name__}: "
+            f"{example!r:.80}"
+        )
+    return example
+
+
+def _words(number: int, example: object) -> list[str]:
+    if isinstance(example, str) or not isinstance(example, Sequence):
+        raise DataError(
+            f"example {number}: the package classifies words; give a list of them, for example "
+            f"text.split(), got {example!r:.80}"
+        )
+    return list(example)

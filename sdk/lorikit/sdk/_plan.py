@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from lorikit.proto.device import TrainingReport
+from lorikit.proto.directions import SEED_SCALARS, replayed
 from lorikit.proto.manifest import Manifest
 from lorikit.proto.plan import Phase, Plan
 from lorikit.proto.tensors import Bundle, Float32, Tensors
 from lorikit.quantization.wire import compressed
-from lorikit.sdk._data import Dataset, Indices, grouped_by_length
+from lorikit.sdk._data import Dataset, Indices
 from lorikit.sdk._errors import (
     CancelledError,
     DataError,
@@ -28,6 +29,7 @@ from lorikit.sdk._errors import (
     StorageFullError,
 )
 from lorikit.sdk._events import Event, Progress
+from lorikit.sdk._forward_only import drawn_directions, moves, slope
 from lorikit.sdk._memory import memory_use
 from lorikit.sdk._operations.base import GradientOperation, Result, Work
 from lorikit.sdk._optimizer import (
@@ -41,7 +43,8 @@ from lorikit.sdk._snapshot import Snapshot, fingerprint, from_journal, to_journa
 from lorikit.sdk._store import Journal, Residuals
 from lorikit.sdk._validation import CheckedPlan, adapter_rank, check_plan
 from lorikit.sdk._wire import check_scheme, encode_with_feedback
-from lorikit.sdk.engines.base import Engine, Gradients
+from lorikit.sdk.engines._signature import DROPOUT_SEED
+from lorikit.sdk.engines.base import Batch, Engine, Evaluation, Gradients
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +177,23 @@ class PlanExecutor:
 
     def _step(self, task: _Task, phase: Phase, snapshot: Snapshot, chosen: Indices) -> None:
         """One optimiser step; the snapshot changes only when all of it is done."""
-        result = self._accumulated(task, phase, snapshot.adapter, chosen)
+        if phase.optimizer.name == "mezo":
+            result = self._moved_forward_only(task, phase, snapshot, chosen)
+        else:
+            result = self._moved_by_gradient(task, phase, snapshot, chosen)
+        if not snapshot.examples:
+            snapshot.first_loss = result.loss
+        snapshot.last_loss = result.loss
+        snapshot.correct += result.correct
+        snapshot.examples += len(chosen)
+        snapshot.labels += int(self._data.counted(chosen).sum())
+        snapshot.step += 1
+
+    def _moved_by_gradient(
+        self, task: _Task, phase: Phase, snapshot: Snapshot, chosen: Indices
+    ) -> Gradients:
+        """Move the adapter against the gradient of the chosen examples' mean loss."""
+        result = self._accumulated(task, phase, snapshot.adapter, snapshot.step, chosen)
         gradients = dict(result.gradients)
         operations = task.checked.gradient_operations[snapshot.phase]
         _add_terms(gradients, operations, snapshot.adapter, task.checked)
@@ -194,24 +213,78 @@ class PlanExecutor:
                 step=snapshot.step,
             )
             _check_finite(name, snapshot.adapter[name], "after the optimiser step")
-        if not snapshot.examples:
-            snapshot.first_loss = result.loss
-        snapshot.last_loss = result.loss
-        snapshot.correct += result.correct
-        snapshot.examples += len(chosen)
-        snapshot.step += 1
+        return result
+
+    def _moved_forward_only(
+        self, task: _Task, phase: Phase, snapshot: Snapshot, chosen: Indices
+    ) -> Evaluation:
+        """Move the adapter along random directions, by the slope of the loss along each."""
+        numbers = drawn_directions(phase, snapshot.step)
+        found = [
+            slope(
+                lambda adapter: self._summed(task, phase, adapter, snapshot.step, chosen),
+                snapshot.adapter,
+                phase,
+                number,
+            )
+            for number in numbers
+        ]
+        rate = scheduled_learning_rate(phase.optimizer, snapshot.step, phase.steps)
+        steps = moves([(n, each) for n, (each, _) in zip(numbers, found, strict=True)], rate)
+        factors = {
+            name: phase.learning_rate_factors.get(task.checked.roles[name], 1.0)
+            for name in phase.train
+        }
+        after = replayed(
+            {name: snapshot.adapter[name] for name in phase.train},
+            steps,
+            phase_seed=phase.seed,
+            factors=factors,
+        )
+        for name, value in after.items():
+            _check_finite(name, value, "after the optimiser step")
+        snapshot.adapter.update(after)
+        earlier = snapshot.produced.get(SEED_SCALARS, np.zeros((0, 2), np.float32))
+        snapshot.produced[SEED_SCALARS] = np.concatenate([earlier, np.float32(steps)])
+        return Evaluation(
+            loss=sum(each.loss for _, each in found) / len(found),
+            correct=sum(each.correct for _, each in found) / len(found),
+        )
+
+    def _summed(
+        self, task: _Task, phase: Phase, adapter: Tensors, step: int, chosen: Indices
+    ) -> Evaluation:
+        """Mean loss over the chosen labels without gradients, gradient operations' terms added."""
+        loss, correct = 0.0, 0.0
+        for batch, inputs in self._micro_batches(task, phase, step, chosen):
+            part = self._engine.loss(adapter, batch, inputs)
+            _check_finite("the loss", np.float32(part.loss), "of a micro-batch")
+            loss += part.loss
+            correct += part.correct
+        for operation in task.checked.gradient_operations[task.plan.phases.index(phase)]:
+            loss += operation.term(adapter, task.checked.pairs)[0]
+        return Evaluation(loss=loss, correct=correct)
+
+    def _micro_batches(
+        self, task: _Task, phase: Phase, step: int, chosen: Indices
+    ) -> Iterator[tuple[Batch, Mapping[str, float]]]:
+        """The batches of one step with what else their run needs; weights sum to 1 over all."""
+        weight = 1 / self._data.counted(chosen).sum()
+        seed = (task.plan.seed, phase.seed)
+        for index, group in enumerate(self._data.grouped(chosen, phase.micro_batch)):
+            self._check_cancelled()
+            dropout = np.random.SeedSequence([*seed, step, index]).generate_state(1)
+            inputs = {**task.plan.inputs, DROPOUT_SEED: int(dropout[0])}
+            yield self._data.batch(group, weight, seed=seed), inputs
 
     def _accumulated(
-        self, task: _Task, phase: Phase, adapter: Tensors, chosen: Indices
+        self, task: _Task, phase: Phase, adapter: Tensors, step: int, chosen: Indices
     ) -> Gradients:
-        """Mean loss over the chosen examples and its gradient, micro-batch by micro-batch."""
+        """Mean loss over the chosen labels and its gradient, micro-batch by micro-batch."""
         loss, correct = 0.0, 0.0
         total: Tensors = {}
-        lengths = self._data.lengths[chosen]
-        for group in grouped_by_length(chosen, lengths, phase.micro_batch):
-            self._check_cancelled()
-            batch = self._data.batch(group, 1 / len(chosen))
-            part = self._engine.gradients(adapter, batch, task.plan.inputs)
+        for batch, inputs in self._micro_batches(task, phase, step, chosen):
+            part = self._engine.gradients(adapter, batch, inputs)
             _check_finite("the loss", np.float32(part.loss), "of a micro-batch")
             loss += part.loss
             correct += part.correct
@@ -239,7 +312,7 @@ class PlanExecutor:
 
     def _finished(self, task: _Task, received: Tensors, snapshot: Snapshot) -> Outcome:
         result = self._operated(task, received, snapshot.adapter)
-        tensors = {**result.adapter, **result.produced}
+        tensors = {**result.adapter, **snapshot.produced, **result.produced}
         rank = adapter_rank(result.adapter, task.checked.pairs)
         scalars = {"examples": float(len(self._data)), "rank": float(rank)}
         sent = {name: tensors[name] for name in _sent(task.plan, result)}
@@ -304,7 +377,7 @@ class PlanExecutor:
             dataset_size=len(self._data),
             first_loss=snapshot.first_loss,
             last_loss=snapshot.last_loss,
-            accuracy=snapshot.correct / snapshot.examples if snapshot.examples else 0.0,
+            accuracy=snapshot.correct / snapshot.labels if snapshot.labels else 0.0,
             training_seconds=snapshot.seconds,
             peak_memory_bytes=memory.peak_resident_bytes,
             anonymous_memory_bytes=memory.anonymous_bytes,
@@ -327,7 +400,7 @@ class _Task:
 
 
 def _drawn(examples: int, phase: Phase, plan_seed: int, first_step: int) -> Iterator[Indices]:
-    """The examples of each step of a phase from ``first_step`` on.
+    """The draws of each step of a phase from ``first_step`` on; see ``Dataset``.
 
     Epoch after epoch in a fresh order, one long stream cut into steps; a data set smaller than
     the batch is used whole in each step. The order of an epoch depends on (plan seed, phase seed,
@@ -343,7 +416,8 @@ def _drawn(examples: int, phase: Phase, plan_seed: int, first_step: int) -> Iter
                 epoch = int(wanted)
                 rng = np.random.default_rng([plan_seed, phase.seed, epoch])
                 order = rng.permutation(examples)
-            parts.append(order[chosen[chosen // examples == wanted] % examples])
+            drawn = order[chosen[chosen // examples == wanted] % examples]
+            parts.append(drawn + epoch * examples)
         yield np.concatenate(parts)
 
 

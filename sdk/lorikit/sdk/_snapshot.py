@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lorikit.proto.plan import Plan
-from lorikit.proto.tensors import Bundle, Tensors, pack, raw
+from lorikit.proto.tensors import Array, Bundle, Encoded, Tensors, pack, raw
 from lorikit.sdk._optimizer import Slots
 
 Meta = Mapping[str, int | float | str]
 
 _ADAPTER = "adapter/"
 _OPTIMIZER = "optimizer/"
+_PRODUCED = "produced/"
 _IMPORTANCE = "importance/"
 
 
@@ -32,11 +33,15 @@ class Snapshot:
     """Optimiser state of the phase by trained tensor."""
     importance: dict[str, float] = field(default_factory=dict)
     """Mean squared gradient of the tensors that earlier phases trained."""
+    produced: Tensors = field(default_factory=dict)
+    """What training makes beside the adapter, by the name it can be sent under."""
     phase: int = 0
     step: int = 0
     """Optimiser steps of the phase done."""
     examples: int = 0
     """Examples seen in all phases, counted with repetition."""
+    labels: int = 0
+    """Their labels: as many, or more where tokens are labelled."""
     correct: float = 0.0
     first_loss: float = 0.0
     last_loss: float = 0.0
@@ -44,7 +49,16 @@ class Snapshot:
     """Time spent training, earlier processes included."""
 
 
-_NUMBERS = ("phase", "step", "examples", "correct", "first_loss", "last_loss", "seconds")
+_NUMBERS = (
+    "phase",
+    "step",
+    "examples",
+    "labels",
+    "correct",
+    "first_loss",
+    "last_loss",
+    "seconds",
+)
 
 
 def fingerprint(plan: Plan, adapter: Tensors) -> str:
@@ -61,7 +75,9 @@ def to_journal(snapshot: Snapshot, identity: str) -> tuple[Bundle, Meta]:
     tensors = {_ADAPTER + name: raw(value) for name, value in snapshot.adapter.items()}
     for name, slots in snapshot.slots.items():
         for slot, value in slots.items():
-            tensors[f"{_OPTIMIZER}{slot}/{name}"] = raw(value)
+            tensors[f"{_OPTIMIZER}{slot}/{name}"] = _whole(value)
+    for name, value in snapshot.produced.items():
+        tensors[_PRODUCED + name] = raw(value)
     numbers: dict[str, int | float | str] = {n: getattr(snapshot, n) for n in _NUMBERS}
     scalars = {_IMPORTANCE + name: value for name, value in snapshot.importance.items()}
     return Bundle(tensors, scalars), {**numbers, "fingerprint": identity}
@@ -75,13 +91,20 @@ def from_journal(state: Bundle, meta: Meta, identity: str) -> Snapshot | None:
     for name, value in state.scalars.items():
         snapshot.importance[name.removeprefix(_IMPORTANCE)] = value
     for name, encoded in state.tensors.items():
-        values = np.asarray(encoded.parts["values"], dtype=np.float32)
-        if name.startswith(_ADAPTER):
-            snapshot.adapter[name.removeprefix(_ADAPTER)] = values
-        else:
+        values = encoded.parts["values"]
+        if name.startswith(_OPTIMIZER):
             slot, _, tensor = name.removeprefix(_OPTIMIZER).partition("/")
             snapshot.slots.setdefault(tensor, {})[slot] = values
+        elif name.startswith(_PRODUCED):
+            snapshot.produced[name.removeprefix(_PRODUCED)] = values.astype(np.float32)
+        else:
+            snapshot.adapter[name.removeprefix(_ADAPTER)] = values.astype(np.float32)
     return snapshot
+
+
+def _whole(values: Array) -> Encoded:
+    """An array in its own element type."""
+    return Encoded(values.dtype.name, values.shape, {"values": values})
 
 
 def _plain(value: object) -> object:

@@ -13,10 +13,9 @@ from lorikit.proto.manifest import BlobRef, Manifest, digest_of
 from lorikit.proto.tensors import Tensors, pack
 from lorikit.sdk._config import ClientConfig
 from lorikit.sdk._connection import Connection
-from lorikit.sdk._data import Dataset, Row
+from lorikit.sdk._data import Dataset, Row, read_dataset
 from lorikit.sdk._errors import (
     CancelledError,
-    PackageError,
     PlanRefusedError,
     RoundClosedError,
     StorageFullError,
@@ -33,7 +32,7 @@ from lorikit.sdk._events import (
 from lorikit.sdk._feed import Feed
 from lorikit.sdk._heap import release_freed_memory
 from lorikit.sdk._heartbeat import Heartbeat
-from lorikit.sdk._inference import logits_of, measure
+from lorikit.sdk._inference import measure
 from lorikit.sdk._memory import MemoryWatch, memory_use
 from lorikit.sdk._packages import Packages, read_adapter
 from lorikit.sdk._plan import PlanExecutor
@@ -52,6 +51,8 @@ class _Opened:
     package: BlobRef
     manifest: Manifest
     data: Dataset
+    max_length: int
+    """Length that the rows were cut at."""
     engine: Engine
 
 
@@ -208,15 +209,15 @@ class Worker:
     def _evaluate(self, task: Task, heartbeat: Heartbeat) -> None:
         opened, adapter = self._open(task, heartbeat)
         self._enter(State.EVALUATING, heartbeat)
-        logits = logits_of(
+        metrics = measure(
             opened.engine,
+            opened.manifest.task,
             opened.data,
             adapter,
             task.plan.inputs,
-            batch_size=max(1, task.plan.facts.micro_batch),
+            most=task.plan.facts.micro_batch,
             cancelled=lambda: heartbeat.void or self._cancelled(),
         )
-        metrics = measure(logits, opened.data.labels)
         examples = len(opened.data)
         self._connection.call(
             lambda: self._transport.report_evaluation(task.task_id, metrics, examples)
@@ -265,14 +266,19 @@ class Worker:
         engine = open_engine(
             self._engine_name, manifest, self._store.blobs.folder, threads=self._threads
         )
-        self._opened = _Opened(package=task.package, manifest=manifest, data=data, engine=engine)
+        self._opened = _Opened(
+            package=task.package,
+            manifest=manifest,
+            data=data,
+            max_length=task.plan.max_length,
+            engine=engine,
+        )
         return self._opened
 
     def _read_rows(self, manifest: Manifest, max_length: int) -> Dataset:
-        if manifest.tokenizer is None:
-            raise PackageError("the package has no tokeniser, so it cannot read rows of text")
-        tokenizer = self._store.blobs.read(manifest.tokenizer)
-        return Dataset(self._rows, tokenizer, manifest.task, max_length)
+        blob = manifest.tokenizer
+        tokenizer = None if blob is None else self._store.blobs.read(blob)
+        return read_dataset(self._rows, manifest, tokenizer, max_length)
 
     def _enter(self, state: State, heartbeat: Heartbeat) -> None:
         heartbeat.state = state
@@ -286,10 +292,14 @@ class Worker:
 
 def _reusable(opened: _Opened | None, manifest: Manifest, max_length: int) -> Dataset | None:
     """The rows as they were read before, if another reading would give the same."""
-    if opened is None or opened.data.max_length != max_length:
+    if opened is None or opened.max_length != max_length:
         return None
-    same = (opened.manifest.tokenizer, opened.manifest.task) == (manifest.tokenizer, manifest.task)
-    return opened.data if same else None
+    return opened.data if _reading(opened.manifest) == _reading(manifest) else None
+
+
+def _reading(manifest: Manifest) -> tuple[object, ...]:
+    """All that the reading of rows depends on."""
+    return manifest.tokenizer, manifest.task, manifest.text, manifest.image
 
 
 def _started(task: Task, resumed: bool) -> TaskStarted:
