@@ -195,6 +195,11 @@ def test_run_that_can_work_is_let_through(model):
         ({"codec": "int5"}, "unknown wire scheme 'int5'"),
         ({"codec": "int4", "codec_options": {"delt": 1}}, "codec_options: 'delt' is unknown"),
         ({"codec": "int4", "codec_options": {"rotation_block": 3}}, "a power of two"),
+        (
+            {"codec": "int4", "codec_options": {"delta": "no"}},
+            "codec_options: delta must be of type bool, got 'no'",
+        ),
+        ({"codec": "int4", "codec_options": {"rotation_block": True}}, "must be of type int"),
         ({"codec": "adaptive"}, "adaptive needs budget_bytes"),
         (
             {"codec": "int4", "method": "flexlora", "codec_options": {"error_feedback": True}},

@@ -183,6 +183,8 @@ def wire_scheme(
         )
     if config.codec in _PLAIN_CODECS and not options:
         return None
+    for name, value in options.items():
+        _check_option(name, value)
     is_coarse = config.codec not in (*_PLAIN_CODECS, "int8-block64")
     moves = config.method in _NEW_COORDINATES
     feedback = options.get("error_feedback", is_coarse and not moves)
@@ -194,16 +196,13 @@ def wire_scheme(
     defaults = {"error_feedback": feedback, "stochastic": not feedback}
     if config.codec == ADAPTIVE and "budget_bytes" not in options:
         raise ValueError(f"codec {ADAPTIVE} needs budget_bytes in codec_options")
-    try:
-        return WireScheme(
-            codec=config.codec,
-            stream=identifier("wire", config.canonical()),
-            round=round_number,
-            counted_round=counted_round,
-            **{**defaults, **options},
-        )
-    except TypeError as error:
-        raise ValueError(f"codec_options: {error}") from error
+    return WireScheme(
+        codec=config.codec,
+        stream=identifier("wire", config.canonical()),
+        round=round_number,
+        counted_round=counted_round,
+        **{**defaults, **options},
+    )
 
 
 def trained_names(assignment: Assignment, adapter: Iterable[AdapterTensor]) -> tuple[str, ...]:
@@ -295,6 +294,16 @@ def assignment_from_json(text: str) -> Assignment:
     for name in ("gradient_operations", "operations"):
         fields[name] = tuple(_operation(operation) for operation in fields[name])
     return Assignment(**fields)
+
+
+def _check_option(name: str, value: object) -> None:
+    """Refuse a value of another kind than the option's default."""
+    (default,) = (f.default for f in dataclasses.fields(WireScheme) if f.name == name)
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+        raise ValueError(
+            f"codec_options: {name} must be of type {type(default).__name__}, got {value!r:.80}"
+        )
 
 
 def _plain_codec(config: RunConfig, profile: Profile) -> str:
