@@ -150,6 +150,17 @@ def pad(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[st
     return [middle, *[None] * (len(node.inputs) - 1)]
 
 
+def rotary(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
+    """A rotation; the gradient is turned back by the same angles."""
+    _, position, cosine, sine = node.inputs
+    back = graph.emit("Neg", sine, shape=graph.shape(sine))
+    dx = graph.emit(
+        "RotaryEmbedding", dy, position, cosine, back, shape=graph.shape(dy), domain=node.domain
+    )
+    graph.nodes[-1].attributes = dict(node.attributes)
+    return [dx, None, None, None]
+
+
 def _single(shape: Shape, axis: int) -> Shape:
     return (*shape[:axis], 1, *shape[axis + 1 :])
 
@@ -216,6 +227,7 @@ RULES: dict[str, Rule] = {
     "Identity": identity,
     "Pad": pad,
     "Reshape": reshape,
+    "RotaryEmbedding": rotary,
     "Slice": slice_,
     "Split": identity,
     "Squeeze": reshape,
