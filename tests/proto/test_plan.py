@@ -19,7 +19,13 @@ def phase(**changes: object) -> Phase:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"name": "adam"}, "optimizer.name must be adamw or sgd, got 'adam'"),
+        ({"name": "adam"}, "optimizer.name must be adamw, sgd or mezo, got 'adam'"),
+        ({"state_bits": 4}, "optimizer.state_bits must be 8 or 32, got 4"),
+        ({"perturbation": 0.0}, "optimizer.perturbation must be positive, got 0.0"),
+        ({"directions": 0}, "directions must be at least 1 .* got 0 and 0"),
+        ({"seeds": -1}, "seeds at least 0, got 1 and -1"),
+        ({"name": "mezo", "clip_norm": 1.0}, r"optimizer mezo has no clip_norm, got 1\.0"),
+        ({"name": "mezo", "weight_decay": 0.1}, "optimizer mezo has no weight_decay"),
         ({"name": ""}, "got ''"),
         ({"schedule": "step"}, "optimizer.schedule is unknown: 'step'"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
@@ -47,6 +53,10 @@ def test_optimizer_out_of_range_is_refused(changes: dict[str, object], reason: s
         ({"micro_batch": 0}, "micro_batch must lie in 1..8"),
         ({"micro_batch": 9}, r"micro_batch must lie in 1..8 \(batch_size\), got 9"),
         ({"batch_size": 0}, "micro_batch must lie in 1..0"),
+        (
+            {"optimizer": OptimizerConfig(name="mezo", directions=2), "steps": 2**23 + 1},
+            "mezo has at most 16777216 directions, got 16777218",
+        ),
         ({"learning_rate_factors": {"lora_B": math.nan}}, r"factors\['lora_B'\].*got nan"),
         ({"learning_rate_factors": {"head": -1.0}}, r"factors\['head'\].*got -1.0"),
     ],

@@ -68,6 +68,10 @@ optimizers = st.builds(
     clip_norm=not_negative,
     schedule=st.sampled_from(("constant", "linear", "cosine")),
     warmup_steps=uint32,
+    state_bits=st.sampled_from((8, 32)),
+    perturbation=positive,
+    directions=st.integers(1, 2**32 - 1),
+    seeds=uint32,
 )
 phases = st.integers(1, 512).flatmap(
     lambda batch_size: st.builds(
@@ -250,6 +254,18 @@ def test_argument_of_an_unknown_kind_is_refused() -> None:
 
     with pytest.raises(PlanError, match="no value of a known kind; update the SDK"):
         plan_from_message(message)
+
+
+def test_optimizer_of_a_sender_that_knows_fewer_fields_is_as_it_was() -> None:
+    plan = Plan(
+        method="fedit",
+        phases=(Phase(train=("a",), steps=1, batch_size=1, micro_batch=1),),
+    )
+    message = plan_to_message(plan)
+    for name in ("state_bits", "perturbation", "directions", "seeds"):
+        message.phases[0].optimizer.ClearField(name)
+
+    assert plan_from_message(message) == plan
 
 
 @pytest.mark.parametrize(

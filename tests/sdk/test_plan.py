@@ -280,7 +280,7 @@ def _phase(**changes: object) -> Plan:
         (_phase(train=(A, A)), "lists a tensor twice"),
         (_phase(gradient_operations=(Operation(name="melt"),)), "melt@1 is unknown"),
         (dataclasses.replace(PLAN, operations=(Operation(name="melt"),)), "melt@1 is unknown"),
-        (dataclasses.replace(PLAN, codec="int3"), "codec 'int3' is unknown"),
+        (dataclasses.replace(PLAN, codec="int99"), "codec 'int99' is unknown"),
         (dataclasses.replace(PLAN, send=("nowhere",)), "sends nowhere"),
         (dataclasses.replace(PLAN, inputs={}), "no value for the graph's input 'lora_scale'"),
         (dataclasses.replace(PLAN, max_length=8), "cut at 16 tokens, the plan allows 8"),

@@ -26,6 +26,9 @@ ADAPTIVE = "adaptive"
 MAX_ROTATION_BLOCK = 1 << 16
 """Longest block of a rotation."""
 
+MOST_DIRECTIONS = 1 << 24
+"""Directions of a forward-only phase, at most: whole numbers up to it are exact in float32."""
+
 Value = float | int | str | bool | tuple[float, ...] | tuple[int, ...] | tuple[str, ...]
 """Value of an operation's argument."""
 
@@ -64,7 +67,8 @@ class OptimizerConfig:
     """How the optimiser moves the trained tensors."""
 
     name: str = "adamw"
-    """``adamw`` (Loshchilov & Hutter 2019, decoupled decay) or ``sgd``."""
+    """``adamw`` (Loshchilov & Hutter 2019, decoupled decay), ``sgd``, or ``mezo`` (Malladi et al.
+    2023), which runs forward passes only."""
     learning_rate: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.999
@@ -77,10 +81,22 @@ class OptimizerConfig:
     schedule: str = "constant"
     """``constant``, ``linear`` (to zero over the phase) or ``cosine``."""
     warmup_steps: int = 0
+    state_bits: int = 32
+    """Bits of each number that AdamW or SGD remembers: 32, or 8 (Dettmers et al. 2022)."""
+    perturbation: float = 1e-3
+    """MeZO only: how far the two forward passes stand from the adapter, in units of its values."""
+    directions: int = 1
+    """MeZO only: random directions that a step averages, two forward passes each."""
+    seeds: int = 0
+    """MeZO only: size of the pool of directions that all steps, and all devices with the phase's
+    seed, draw from (FedKSeed); 0 for a direction of its own each time."""
 
     def __post_init__(self) -> None:
-        if self.name not in ("adamw", "sgd"):
-            raise PlanError(f"optimizer.name must be adamw or sgd, got {self.name!r}")
+        if self.name not in ("adamw", "sgd", "mezo"):
+            raise PlanError(f"optimizer.name must be adamw, sgd or mezo, got {self.name!r}")
+        if self.state_bits not in (8, 32):
+            raise PlanError(f"optimizer.state_bits must be 8 or 32, got {self.state_bits}")
+        self._check_forward_only()
         if self.schedule not in ("constant", "linear", "cosine"):
             raise PlanError(f"optimizer.schedule is unknown: {self.schedule!r}")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
@@ -94,6 +110,20 @@ class OptimizerConfig:
                 raise PlanError(f"optimizer.{name} must be at least 0, got {value}")
         if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
             raise PlanError(f"optimizer.epsilon must be positive, got {self.epsilon}")
+
+    def _check_forward_only(self) -> None:
+        if not (self.perturbation > 0 and math.isfinite(self.perturbation)):
+            raise PlanError(f"optimizer.perturbation must be positive, got {self.perturbation}")
+        if self.directions < 1 or self.seeds < 0:
+            raise PlanError(
+                "optimizer.directions must be at least 1 and optimizer.seeds at least 0, "
+                f"got {self.directions} and {self.seeds}"
+            )
+        if self.name != "mezo":
+            return
+        for name in ("momentum", "weight_decay", "clip_norm"):
+            if getattr(self, name):
+                raise PlanError(f"optimizer mezo has no {name}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +154,12 @@ class Phase:
             raise PlanError(
                 f"phase {self.name!r}: micro_batch must lie in 1..{self.batch_size} (batch_size), "
                 f"got {self.micro_batch}"
+            )
+        directions = self.optimizer.seeds or self.steps * self.optimizer.directions
+        if self.optimizer.name == "mezo" and directions > MOST_DIRECTIONS:
+            raise PlanError(
+                f"phase {self.name!r}: mezo has at most {MOST_DIRECTIONS} directions, "
+                f"got {directions}"
             )
         for role, factor in self.learning_rate_factors.items():
             if not (factor >= 0 and math.isfinite(factor)):

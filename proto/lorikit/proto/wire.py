@@ -127,10 +127,17 @@ def _phase_to_message(phase: Phase) -> plan_pb2.Phase:
     )
 
 
+_ADDED_LATER = ("state_bits", "perturbation", "directions")
+"""Fields of the optimiser whose zero says that the sender does not know them."""
+
+
 def _phase_from_message(message: plan_pb2.Phase) -> Phase:
     optimizer = {
         f.name: getattr(message.optimizer, f.name) for f in dataclasses.fields(OptimizerConfig)
     }
+    for name in _ADDED_LATER:
+        if not optimizer[name]:
+            del optimizer[name]
     return Phase(
         name=message.name,
         train=tuple(message.train),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimisers of the device: pure functions of arrays, with their state in plain sight.
 
-Everything is float32 and explicit, so that a journal can hold it and a killed process goes on bit
-for bit. Numbers follow ``torch.optim`` (same order of operations), except that the weight decay of
-``sgd`` is decoupled too.
+Everything is explicit, so that a journal can hold it and a killed process goes on bit for bit. A
+step computes in float32; between steps the state may wait in 8 bits. Numbers follow ``torch.optim``
+(same order of operations), except that the weight decay of ``sgd`` is decoupled too.
 """
 
 from __future__ import annotations
@@ -14,17 +14,24 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from lorikit.proto.plan import OptimizerConfig
-from lorikit.proto.tensors import Float32, Tensors
+from lorikit.proto.tensors import Array, Float32, Tensors
+from lorikit.sdk._states import SMALLEST, dequantized, quantized
 
-Slots = dict[str, Float32]
-"""What an optimiser remembers of one tensor, by role, each in the tensor's shape."""
+Slots = dict[str, Array]
+"""What an optimiser remembers of one tensor, by role: float32 in the tensor's shape, or 8-bit
+codes in that shape with the scales of their blocks under ``<role>.scale``."""
+
+_IS_SIGNED = {"first": True, "second": False, "momentum": True}
+_SCALE = ".scale"
 
 
 def initial_slots(config: OptimizerConfig, parameter: Float32) -> Slots:
     """Slots of one tensor before its first step: zeros, or nothing for plain SGD."""
     if config.name == "adamw":
-        return {"first": np.zeros_like(parameter), "second": np.zeros_like(parameter)}
-    return {"momentum": np.zeros_like(parameter)} if config.momentum else {}
+        return _kept(
+            config, {"first": np.zeros_like(parameter), "second": np.zeros_like(parameter)}
+        )
+    return _kept(config, {"momentum": np.zeros_like(parameter)}) if config.momentum else {}
 
 
 def scheduled_learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -78,7 +85,7 @@ def clip_by_global_norm(gradients: Tensors, max_norm: float) -> tuple[Tensors, f
 def updated(
     parameter: Float32,
     gradient: Float32,
-    slots: Mapping[str, Float32],
+    slots: Mapping[str, Array],
     config: OptimizerConfig,
     *,
     learning_rate: float,
@@ -99,9 +106,32 @@ def updated(
         https://arxiv.org/abs/1711.05101, algorithms 1 and 2, without the schedule multiplier.
     """
     decayed = parameter * np.float32(1 - learning_rate * config.weight_decay)
+    opened = {role: _opened(slots, role) for role in slots if not role.endswith(_SCALE)}
     if config.name == "adamw":
-        return _adamw(decayed, gradient, slots, config, learning_rate, step + 1)
-    return _sgd(decayed, gradient, slots, config, learning_rate)
+        value, after = _adamw(decayed, gradient, opened, config, learning_rate, step + 1)
+    else:
+        value, after = _sgd(decayed, gradient, opened, config, learning_rate)
+    return value, _kept(config, after)
+
+
+def _kept(config: OptimizerConfig, slots: dict[str, Float32]) -> Slots:
+    """Slots in the form in which they wait for the next step."""
+    kept: Slots = {}
+    for role, values in slots.items():
+        if config.state_bits == 32 or values.size < SMALLEST:
+            kept[role] = values
+        else:
+            kept[role], kept[role + _SCALE] = quantized(values, is_signed=_IS_SIGNED[role])
+    return kept
+
+
+def _opened(slots: Mapping[str, Array], role: str) -> Float32:
+    """One slot as float32."""
+    values = slots[role]
+    if values.dtype == np.uint8:
+        scales = np.asarray(slots[role + _SCALE], np.float32)
+        return dequantized(values.astype(np.uint8), scales, is_signed=_IS_SIGNED[role])
+    return values.astype(np.float32, copy=False)
 
 
 def mean_squared_gradients(slots: Mapping[str, Slots]) -> dict[str, float]:
@@ -111,7 +141,7 @@ def mean_squared_gradients(slots: Mapping[str, Slots]) -> dict[str, float]:
     tensors only the ratios mean something.
     """
     return {
-        name: float(of_tensor["second"].mean(dtype=np.float64))
+        name: float(_opened(of_tensor, "second").mean(dtype=np.float64))
         for name, of_tensor in slots.items()
         if of_tensor.get("second") is not None and of_tensor["second"].size
     }
@@ -124,7 +154,7 @@ def _adamw(
     config: OptimizerConfig,
     learning_rate: float,
     count: int,
-) -> tuple[Float32, Slots]:
+) -> tuple[Float32, dict[str, Float32]]:
     first = slots["first"] + (gradient - slots["first"]) * np.float32(1 - config.beta1)
     second = slots["second"] * np.float32(config.beta2)
     second += np.square(gradient) * np.float32(1 - config.beta2)
@@ -142,7 +172,7 @@ def _sgd(
     slots: Mapping[str, Float32],
     config: OptimizerConfig,
     learning_rate: float,
-) -> tuple[Float32, Slots]:
+) -> tuple[Float32, dict[str, Float32]]:
     if not config.momentum:
         return decayed - gradient * np.float32(learning_rate), {}
     momentum = slots["momentum"] * np.float32(config.momentum) + gradient

@@ -177,10 +177,9 @@ class PlanExecutor:
 
     def _step(self, task: _Task, phase: Phase, snapshot: Snapshot, chosen: Indices) -> None:
         """One optimiser step; the snapshot changes only when all of it is done."""
-        if phase.optimizer.name == "mezo":
-            result = self._moved_forward_only(task, phase, snapshot, chosen)
-        else:
-            result = self._moved_by_gradient(task, phase, snapshot, chosen)
+        is_forward_only = phase.optimizer.name == "mezo"
+        move = self._moved_forward_only if is_forward_only else self._moved_by_gradient
+        result = move(task, phase, snapshot, chosen)
         if not snapshot.examples:
             snapshot.first_loss = result.loss
         snapshot.last_loss = result.loss
@@ -191,7 +190,7 @@ class PlanExecutor:
 
     def _moved_by_gradient(
         self, task: _Task, phase: Phase, snapshot: Snapshot, chosen: Indices
-    ) -> Gradients:
+    ) -> Evaluation:
         """Move the adapter against the gradient of the chosen examples' mean loss."""
         result = self._accumulated(task, phase, snapshot.adapter, snapshot.step, chosen)
         gradients = dict(result.gradients)
@@ -213,7 +212,7 @@ class PlanExecutor:
                 step=snapshot.step,
             )
             _check_finite(name, snapshot.adapter[name], "after the optimiser step")
-        return result
+        return Evaluation(loss=result.loss, correct=result.correct)
 
     def _moved_forward_only(
         self, task: _Task, phase: Phase, snapshot: Snapshot, chosen: Indices
@@ -222,7 +221,7 @@ class PlanExecutor:
         numbers = drawn_directions(phase, snapshot.step)
         found = [
             slope(
-                lambda adapter: self._summed(task, phase, adapter, snapshot.step, chosen),
+                lambda adapter: self._summed(task, phase, adapter, snapshot, chosen),
                 snapshot.adapter,
                 phase,
                 number,
@@ -245,23 +244,23 @@ class PlanExecutor:
             _check_finite(name, value, "after the optimiser step")
         snapshot.adapter.update(after)
         earlier = snapshot.produced.get(SEED_SCALARS, np.zeros((0, 2), np.float32))
-        snapshot.produced[SEED_SCALARS] = np.concatenate([earlier, np.float32(steps)])
+        snapshot.produced[SEED_SCALARS] = np.concatenate([earlier, np.array(steps, np.float32)])
         return Evaluation(
             loss=sum(each.loss for _, each in found) / len(found),
             correct=sum(each.correct for _, each in found) / len(found),
         )
 
     def _summed(
-        self, task: _Task, phase: Phase, adapter: Tensors, step: int, chosen: Indices
+        self, task: _Task, phase: Phase, adapter: Tensors, snapshot: Snapshot, chosen: Indices
     ) -> Evaluation:
         """Mean loss over the chosen labels without gradients, gradient operations' terms added."""
         loss, correct = 0.0, 0.0
-        for batch, inputs in self._micro_batches(task, phase, step, chosen):
+        for batch, inputs in self._micro_batches(task, phase, snapshot.step, chosen):
             part = self._engine.loss(adapter, batch, inputs)
             _check_finite("the loss", np.float32(part.loss), "of a micro-batch")
             loss += part.loss
             correct += part.correct
-        for operation in task.checked.gradient_operations[task.plan.phases.index(phase)]:
+        for operation in task.checked.gradient_operations[snapshot.phase]:
             loss += operation.term(adapter, task.checked.pairs)[0]
         return Evaluation(loss=loss, correct=correct)
 

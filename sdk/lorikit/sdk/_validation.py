@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lorikit.proto.directions import SEED_SCALARS
 from lorikit.proto.manifest import Manifest
 from lorikit.proto.plan import Phase, Plan
 from lorikit.proto.tensors import Tensors
@@ -93,7 +94,7 @@ def _phase_operations(phase: Phase, manifest: Manifest) -> tuple[GradientOperati
     for name in phase.train:
         if name not in known:
             raise PlanRefusedError(f"phase {phase.name!r} trains {name}, unknown to the package")
-        if name not in trained:
+        if name not in trained and phase.optimizer.name != "mezo":
             raise PlanRefusedError(
                 f"phase {phase.name!r} trains {name}, for which the package has no gradient"
             )
@@ -118,8 +119,8 @@ def _check_operations(
 
 
 def _check_inputs(plan: Plan, manifest: Manifest, operations: Sequence[FinalOperation]) -> None:
-    graphs = ("train",) * bool(plan.phases) + ("predict",) * bool(operations)
-    for name in graphs:
+    graphs = {_graph_of(phase, manifest) for phase in plan.phases}
+    for name in sorted(graphs) + ["predict"] * bool(operations):
         graph = next((graph for graph in manifest.graphs if graph.name == name), None)
         if graph is None:
             raise PlanRefusedError(f"the plan needs a graph {name!r}, which the package lacks")
@@ -128,9 +129,19 @@ def _check_inputs(plan: Plan, manifest: Manifest, operations: Sequence[FinalOper
             raise PlanRefusedError(f"the plan gives no value for the graph's input {missing[0]!r}")
 
 
+def _graph_of(phase: Phase, manifest: Manifest) -> str:
+    """The graph that a phase runs."""
+    is_forward_only = phase.optimizer.name == "mezo"
+    if is_forward_only and any(graph.name == "evaluate" for graph in manifest.graphs):
+        return "evaluate"
+    return "train"
+
+
 def _check_send(plan: Plan, manifest: Manifest, operations: Sequence[FinalOperation]) -> None:
     known = {tensor.name for tensor in manifest.adapter}
     known.update(name for operation in operations for name in operation.produces())
+    if any(phase.optimizer.name == "mezo" for phase in plan.phases):
+        known.add(SEED_SCALARS)
     for name in plan.send:
         if name not in known:
             raise PlanRefusedError(f"the plan sends {name}, which nothing here has or produces")

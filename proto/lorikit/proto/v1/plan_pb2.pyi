@@ -213,8 +213,12 @@ class Optimizer(_message.Message):
     CLIP_NORM_FIELD_NUMBER: _builtins.int
     SCHEDULE_FIELD_NUMBER: _builtins.int
     WARMUP_STEPS_FIELD_NUMBER: _builtins.int
+    STATE_BITS_FIELD_NUMBER: _builtins.int
+    PERTURBATION_FIELD_NUMBER: _builtins.int
+    DIRECTIONS_FIELD_NUMBER: _builtins.int
+    SEEDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"adamw" or "sgd"."""
+    """"adamw", "sgd" or "mezo" (forward passes only)."""
     learning_rate: _builtins.float
     """Step size at the start of the phase; above zero."""
     beta1: _builtins.float
@@ -233,6 +237,14 @@ class Optimizer(_message.Message):
     """"constant", "linear" (to zero over the phase) or "cosine"."""
     warmup_steps: _builtins.int
     """Steps of linear warm-up at the start of the phase."""
+    state_bits: _builtins.int
+    """Bits of each number that the optimiser remembers: 32 or 8; 0 means 32."""
+    perturbation: _builtins.float
+    """MeZO: distance of its forward passes from the adapter; above zero; 0 means 0.001."""
+    directions: _builtins.int
+    """MeZO: random directions averaged in a step; 0 means 1."""
+    seeds: _builtins.int
+    """MeZO: size of the pool of directions; 0 means a direction of its own each time."""
     def __init__(
         self,
         *,
@@ -246,10 +258,14 @@ class Optimizer(_message.Message):
         clip_norm: _builtins.float = ...,
         schedule: _builtins.str = ...,
         warmup_steps: _builtins.int = ...,
+        state_bits: _builtins.int = ...,
+        perturbation: _builtins.float = ...,
+        directions: _builtins.int = ...,
+        seeds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["beta1", b"beta1", "beta2", b"beta2", "clip_norm", b"clip_norm", "epsilon", b"epsilon", "learning_rate", b"learning_rate", "momentum", b"momentum", "name", b"name", "schedule", b"schedule", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beta1", b"beta1", "beta2", b"beta2", "clip_norm", b"clip_norm", "directions", b"directions", "epsilon", b"epsilon", "learning_rate", b"learning_rate", "momentum", b"momentum", "name", b"name", "perturbation", b"perturbation", "schedule", b"schedule", "seeds", b"seeds", "state_bits", b"state_bits", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,9 +22,13 @@ GRADIENT_SUFFIX = ".grad"
 """What the output with a trained tensor's gradient adds to its name."""
 
 
+DROPOUT_SEED = "dropout_seed"
+"""Graph input that says which elements are dropped: int64, drawn anew for each micro-batch."""
+
+
 def scalar_inputs(manifest: Manifest, graph: Graph) -> tuple[str, ...]:
     """Inputs of the graph that the plan must give a number for."""
-    known = {*BATCH_INPUTS, *(tensor.name for tensor in manifest.adapter)}
+    known = {*BATCH_INPUTS, DROPOUT_SEED, *(tensor.name for tensor in manifest.adapter)}
     return tuple(name for name in graph.inputs if name not in known)
 
 
@@ -82,5 +86,5 @@ def _feed(name: str, adapter: Tensors, batch: Batch, inputs: Mapping[str, float]
     if name in adapter:
         return np.ascontiguousarray(adapter[name])
     if name in inputs:
-        return np.asarray(inputs[name], dtype=np.float32)
+        return np.asarray(inputs[name], np.int64 if name == DROPOUT_SEED else np.float32)
     raise PackageError(f"the graph needs input {name!r}, which neither adapter nor plan gives")
