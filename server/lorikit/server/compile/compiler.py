@@ -42,7 +42,7 @@ from lorikit.server.compile.verify import (
     check_train_graph,
     make_probe,
 )
-from lorikit.server.compile.weights import Base, frozen_weights, store_base
+from lorikit.server.compile.weights import Base, KernelReport, frozen_weights, store_base
 from lorikit.server.errors import UnsupportedModelError, VerificationError
 from lorikit.server.methods.base import AdapterSpace
 from lorikit.server.planner.memory import process_peak
@@ -93,7 +93,7 @@ class Compiler:
         self._lock = threading.RLock()
         self._bases: dict[str, Base] = {}
         self._packages: dict[Variant, Package] = {}
-        self._graphs: dict[Variant, Graph] = {}
+        self._graphs: dict[Variant, tuple[Graph, KernelReport]] = {}
         self._sessions: dict[tuple[int, ...], onnxruntime.InferenceSession] = {}
         self._say(f"loading {self._folder.name}")
         self.adapter = adapter or AdapterConfig(targets=tuple(targets))
@@ -196,7 +196,7 @@ class Compiler:
         """
         variant = self._variant(precision, lowest_trained_layer, kept_layers, "onnx")
         with self._lock:
-            graph = self._with_weights(variant)
+            graph, _ = self._with_weights(variant)
         sizes = {"batch": micro_batch, "length": length, "rank": rank}
         return process_peak(
             baseline_bytes=baseline_bytes,
@@ -302,11 +302,11 @@ class Compiler:
         trained = [tensor.name for tensor in adapter if tensor.trained]
         return training_graph(self._forward, self._model, variant, trained)
 
-    def _with_weights(self, variant: Variant) -> Graph:
+    def _with_weights(self, variant: Variant) -> tuple[Graph, KernelReport]:
         """The training graph of a variant, reading its base; kept for memory predictions."""
         if variant not in self._graphs:
             base = self._base(variant.precision)
-            self._graphs[variant], _ = with_base(self._train_graph(variant), base, variant)
+            self._graphs[variant] = with_base(self._train_graph(variant), base, variant)
         return self._graphs[variant]
 
     def _build(self, variant: Variant) -> Package:
@@ -347,20 +347,20 @@ class Compiler:
     ) -> tuple[tuple[GraphRow, ...], set[str], dict[str, float]]:
         """The verified graphs of a variant, the frozen tensors they read, and facts about them."""
         python = self._training_python if variant.runtime == "onnx-training" else None
-        train = self._with_weights(variant)
+        train, report = self._with_weights(variant)
         blob, worst = self._verified(train, lambda path: check_train_graph(path, probe, python))
-        rows = [manifest_graph("train", variant, train, blob)]
-        used: set[str] = set()
+        rows = [manifest_graph("train", variant, train, blob, report)]
+        used = report.tensors
         plain = replace(variant, runtime="onnx")
         others = {"evaluate": (evaluation_graph, check_evaluate_graph)}
         if self._model.kind.trains_head:
             others["predict"] = (prediction_graph, check_predict_graph)
         for name, (make, check) in others.items():
             forward = make(self._forward, self._model, plain)
-            graph, read = with_base(forward, base, plain)
+            graph, report = with_base(forward, base, plain)
             blob, _ = self._verified(graph, partial(check, probe=probe))
-            rows.append(manifest_graph(name, plain, graph, blob))
-            used |= read
+            rows.append(manifest_graph(name, plain, graph, blob, report))
+            used |= report.tensors
         flops = self.flops_per_token(variant.lowest_trained_layer, variant.kept_layers)
         return (
             tuple(rows),

@@ -21,7 +21,7 @@ from lorikit.server.compile.models import Model
 from lorikit.server.compile.recompute import recompute_layers
 from lorikit.server.compile.stops import STOP, add_stops, remove_stops, stop_rule
 from lorikit.server.compile.verify import Probe
-from lorikit.server.compile.weights import Base, read_weights
+from lorikit.server.compile.weights import Base, KernelReport, minimum_runtime, read_weights
 from lorikit.server.errors import UnsupportedModelError
 
 
@@ -108,16 +108,17 @@ def prediction_graph(forward: ir.Graph, model: Model, variant: Variant) -> ir.Gr
     return _sub_model(forward, model, variant)
 
 
-def with_base(graph: ir.Graph, base: Base, variant: Variant) -> tuple[ir.Graph, set[str]]:
-    """The graph reading a stored base, and the names of the frozen tensors it reads."""
-    used = {name for node in graph.nodes for name in node.inputs if name in base.stored}
+def with_base(graph: ir.Graph, base: Base, variant: Variant) -> tuple[ir.Graph, KernelReport]:
+    """The graph reading a stored base, and which kernel each use of it got."""
     graph = graph.copy()
-    read_weights(graph, base, variant.runtime)
+    report = read_weights(graph, base, variant.runtime, variant.kernels)
     remove_dead(graph)
-    return graph, used
+    return graph, report
 
 
-def manifest_graph(name: str, variant: Variant, graph: ir.Graph, blob: BlobRef) -> Graph:
+def manifest_graph(
+    name: str, variant: Variant, graph: ir.Graph, blob: BlobRef, report: KernelReport
+) -> Graph:
     """Manifest row of a graph."""
     return Graph(
         name=name,
@@ -125,6 +126,8 @@ def manifest_graph(name: str, variant: Variant, graph: ir.Graph, blob: BlobRef) 
         blob=blob,
         inputs=tuple(port.name for port in graph.inputs),
         outputs=tuple(port.name for port in graph.outputs),
+        minimum_runtime=minimum_runtime(graph) if variant.runtime == "onnx" else "",
+        prepack=report.is_prepacked,
     )
 
 
@@ -151,23 +154,21 @@ def _add_loss(graph: ir.Graph, model: Model) -> dict[str, str]:
     """Append the task's loss; its gradient by the value it was derived at."""
     if model.kind.trains_head:
         return {"logits": add_loss(graph)}
-    weight, bias = _frozen_head(graph)
+    weight, bias = _frozen_head(graph, model.architecture.head)
     return {"features": add_vocabulary_loss(graph, "features", weight, bias)}
 
 
-def _frozen_head(graph: ir.Graph) -> tuple[str, str | None]:
-    """Weight and bias of the linear map that makes the logits from the features."""
-    producers = graph.producers()
-    node, bias = producers["logits"], None
-    if node.op == "Add":
-        product = next(name for name in node.inputs if name in producers)
-        (bias,) = (name for name in node.inputs if name != product)
-        node = producers[product]
-    if node.op != "FusedMatMul" or node.inputs[0] != "features":
-        raise UnsupportedModelError(
-            f"the head ({node.op} of {', '.join(node.inputs)}) is not one linear map of its input"
-        )
-    return node.inputs[1], bias
+def _frozen_head(graph: ir.Graph, head: str) -> tuple[str, str | None]:
+    """Weight and bias of the linear map that makes the logits."""
+    inside = [node for node in graph.nodes if node.scope == head]
+    products = [node for node in inside if node.op == "FusedMatMul"]
+    sums = [node for node in inside if node.op == "Add"]
+    if len(products) != 1 or len(sums) > 1:
+        found = ", ".join(node.op for node in inside) or "nothing"
+        raise UnsupportedModelError(f"the head {head} is {found}, not one linear map")
+    made = products[0].outputs[0]
+    bias = next((name for node in sums for name in node.inputs if name != made), None)
+    return products[0].inputs[1], bias
 
 
 def _drop_outputs(graph: ir.Graph, *names: str) -> None:
