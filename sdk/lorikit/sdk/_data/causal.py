@@ -55,7 +55,7 @@ class CausalTexts(Dataset):
                 stream.extend(ids)
                 stream = self._cut(stream, reader.max_length)
         if len(stream) > 1:
-            self._append(stream, 1)
+            self._append(stream.tolist(), 1)
         self.lengths = self._tokens.lengths
         self.max_length = reader.max_length
 
@@ -88,7 +88,7 @@ class CausalTexts(Dataset):
         """Store all whole examples of the stream and return what is left."""
         whole = len(stream) // length * length
         for start in range(0, whole, length):
-            self._append(stream[start : start + length], 1)
+            self._append(stream[start : start + length].tolist(), 1)
         return stream[whole:]
 
 

@@ -135,7 +135,7 @@ def _filter(old: int, new: int) -> npt.NDArray[np.float32]:
 
 
 def _bytes(values: npt.NDArray[np.floating[Any]]) -> Pixels:
-    rounded: Pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    rounded: Pixels = np.clip(np.floor(values + 0.5), 0, 255).astype(np.uint8)
     return rounded
 
 
