@@ -53,7 +53,8 @@ class RunConfig(_Settings):
     """Folder of the base model, as Hugging Face writes it, on the server."""
 
     method: str = "fedit"
-    """Federated method: ``fedit``, ``hetlora``, ``legend``, ``fedra``, ``flexlora``."""
+    """Federated method by name; ``lorikit methods`` lists them, ``docs/methods.md`` explains
+    them."""
 
     method_options: dict[str, JsonValue] = {}
     """Options of the method by name; see the method's page."""

@@ -79,7 +79,7 @@ def test_the_slope_of_the_cosine_is_that_of_finite_differences(case: Case) -> No
         up, down = wide.copy(), wide.copy()
         up[index] += 1e-4
         down[index] -= 1e-4
-        slope[index] = (cosine_loss(case, up, 0.0) - cosine_loss(case, down, 0.0)) / 2e-4  # type: ignore[arg-type]  # float64
+        slope[index] = (cosine_loss(case, up, 0.0) - cosine_loss(case, down, 0.0)) / 2e-4
 
     np.testing.assert_allclose(step, -rate * slope, atol=5e-7)  # float32 of values near 1
 

@@ -13,6 +13,7 @@ from lorikit.server.cli.compile import compile_model
 from lorikit.server.cli.demo import demo
 from lorikit.server.cli.errors import explain
 from lorikit.server.cli.exit_codes import ExitCode
+from lorikit.server.cli.methods import methods
 from lorikit.server.cli.profile import profile
 from lorikit.server.cli.run import run_app
 from lorikit.server.cli.server import server
@@ -55,6 +56,7 @@ app.command("server")(server)
 app.command("device")(device)
 app.add_typer(run_app, name="run")
 app.command("profile")(profile)
+app.command("methods")(methods)
 app.command("demo")(demo)
 app.command("version")(version)
 

@@ -65,6 +65,10 @@ class MethodFacts:
     needs: tuple[str, ...] = ()
     """Roles that the model's adapter tensors must have beside LoRA and head."""
 
+    def roles(self) -> tuple[str, ...]:
+        """Every role that the method trains or reads, sorted."""
+        return tuple(sorted({*self.needs, *(role for sent in self.sent_roles for role in sent)}))
+
     def cost(
         self,
         space: AdapterSpace,

@@ -18,13 +18,20 @@ class FedITConfig(SameWorkConfig):
 class FedIT(SameWork[FedITConfig]):
     """Data-weighted mean of A and of B over devices that all have the same rank.
 
-    ``Abar = sum p_k A_k``, ``Bbar = sum p_k B_k`` with ``p_k = n_k / sum n_j`` over the round's
-    devices. ``Bbar Abar`` differs from the wanted ``sum p_k B_k A_k`` by the cross terms.
+    The baseline of the field. The product of the means is not the mean of the products: the cross
+    terms ``p_j p_k B_j A_k`` are the aggregation error that other methods remove.
+
+    Equations:
+        Abar = sum_k p_k A_k        Bbar = sum_k p_k B_k        p_k = n_k / sum_j n_j
+        Bbar Abar = sum_jk p_j p_k B_j A_k        wanted: sum_k p_k B_k A_k
+
+    Ours:
+        The task head is averaged with the same weights. Uniform weights, and a common smaller
+        depth as an option.
 
     Source:
         Zhang et al. 2024, "Towards Building the Federated GPT: Federated Instruction Tuning",
-        https://arxiv.org/abs/2305.05644. The task head is averaged with the same weights; uniform
-        weights and a common smaller depth are ours.
+        https://arxiv.org/abs/2305.05644.
     """
 
     name = "fedit"

@@ -81,16 +81,30 @@ class FedRAConfig:
 class FedRA:
     """Devices too small for the model train random sub-models that cover it together.
 
-    Row k of the allocation is a fresh uniform draw of n_k layers each round. The device drops the
-    other blocks, keeps the order, and trains LoRA in what is left and the head. Layer j becomes
-    ``sum_{k in H_j} w_k theta_{k,j} / sum_{k in H_j} w_k`` over its holders H_j, or keeps its value
-    without one; the head is averaged over all. Evaluated as the full model.
+    Each round every device holds other layers, as many as fit, in their order; the other blocks are
+    dropped. So each layer meets all devices' data, even where no device can hold the whole model,
+    which is what is evaluated.
+
+    Equations:
+        each round:  row k of the allocation = n_k layers drawn without replacement
+        device:      slot(j) = sum_{i <= j} row[i] - 1
+        layers:      theta_j = sum_{k in H_j} w_k theta_kj / sum_{k in H_j} w_k  over the holders
+                     H_j; without one it stays
+        head:        mean over all devices
+
+    Ours:
+        Tensors travel under global layer numbers, ``slots`` is needed only inside the device's
+        model, and frozen blocks do not travel with the round.
+        ``unused = "repair"`` gives a missing layer to the device with the most layers that at least
+        two devices hold, in exchange for the one with the most holders, keeping every n_k.
+        ``layout = "window"`` draws runs of neighbours, ``keep_last`` gives everybody the last
+        block: post-norm encoders (BERT) lose much more than pre-norm models when blocks are left
+        out, so measure before you rely on it. n_k can follow memory limits.
+        Data weights; ``uniform`` is the authors' code. s is 2 here, 1 in the authors' code.
 
     Source:
         Su et al. 2024, "FedRA: A Random Allocation Strategy for Federated Tuning to Unleash the
-        Power of Heterogeneous Clients", https://arxiv.org/abs/2311.11227. Ours: tensors travel
-        under global layer numbers, frozen blocks do not travel, the deterministic repair, windows,
-        the kept last block, capacities from budgets.
+        Power of Heterogeneous Clients", ECCV, https://arxiv.org/abs/2311.11227.
     """
 
     name = "fedra"

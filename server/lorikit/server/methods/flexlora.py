@@ -42,14 +42,25 @@ class FlexLoRAConfig(RankPerDeviceConfig):
 class FlexLoRA(RankPerDevice[FlexLoRAConfig]):
     """Mean of ``s_k B_k A_k``, cut to each receiver's rank by its singular values.
 
-    Per module ``D = sum p_k s_k B_k A_k = U S V^T``; a receiver of rank r gets ``A = V_r^T`` and
-    ``B = U_r S_r / s``. The state keeps the pair of the largest rank in use, whose ranks are in
+    Every device has the rank it can afford, and the server averages what the pairs stand for
+    instead of the pairs. The state keeps the pair of the largest rank in use, whose ranks are in
     the order of the singular values, so cutting it gives every receiver its best approximation.
+
+    Equations:
+        D = sum_k p_k s_k B_k A_k = U S V^T
+        to a device of rank r:  A = V_r^T        B = U_r S_r / s
+
+    Ours:
+        The SVD is thin and in float64: QR of the stacked factors, SVD of the small matrix between
+        them, O((d_in + d_out) R^2 + R^3) with R the sum of the ranks. Signs are fixed.
+        ``split = "sqrt"`` puts sqrt(S / s) on both sides, so that A and B have comparable sizes.
+        Ranks that D does not have get B = 0 and an orthonormal row of A: they change nothing and
+        can learn, while zeros in both would be dead for ever. Ranks from memory limits. Factors are
+        new each round, so there is no server optimiser.
 
     Source:
         Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks
-        and Client Resources", https://arxiv.org/abs/2402.11505. The SVD is thin and in float64;
-        ranks from memory budgets, ``sqrt`` and live spare ranks (see ``split``) are ours.
+        and Client Resources", https://arxiv.org/abs/2402.11505.
     """
 
     name = "flexlora"

@@ -74,15 +74,35 @@ class HetLoRAConfig(RankPerDeviceConfig):
 class HetLoRA(RankPerDevice[HetLoRAConfig]):
     """Mixed ranks by truncation, self-pruning with a tail penalty, and norm-weighted zero padding.
 
-    Distribution: ``A_k = Abar[0:r_k]``, ``B_k = Bbar[:, 0:r_k]``. The device adds
-    ``lambda sum_m ||B_tail||_F ||A_tail||_F`` to its loss and drops the tail if that sum has
-    fallen; it keeps the smaller rank for ever. Aggregation: ``Abar = sum_k (S_k / Z) pad(A_k)``,
-    likewise B, with ``S_k = ||B_k A_k||_F`` over all modules and ``Z = sum_j S_j``.
+    Each device trains the first r_k ranks of the global adapter. A penalty presses on the tail of
+    its ranks; where the tail has shrunk the device drops it for good. Devices whose update has a
+    larger norm count more, since a small rank with little in it should not water down a large one.
+
+    Equations:
+        to device k:  A_k = Abar[0:r_k, :]        B_k = Bbar[:, 0:r_k]
+        its loss:     task + lambda sum_m ||B_m[:, q:r_k]||_F ||A_m[q:r_k, :]||_F
+                      with q = floor(gamma r_k)
+        after it:     if that sum (without lambda) fell, r_k <- max(r_min, q) and the tail is gone
+        server:       S_k = sqrt(sum_m ||B_km A_km||_F^2),  Z = sum_k S_k
+                      Abar = sum_k (S_k / Z) pad_rows(A_k)
+                      Bbar = sum_k (S_k / Z) pad_columns(B_k)
+
+    Ours:
+        Ranks from memory limits, or the largest that fits; a device keeps its rank for the run, it
+        can only fall. With small cohorts set ``reference_bytes``, since the largest budget is
+        looked for in the cohort.
+        lambda multiplies the mean over modules, so that it means the same for every model;
+        ``penalty_over = "sum"`` is the paper's form.
+        No penalty and no pruning at r_min, or with ``gamma = 1``. In a device's first round B is 0,
+        so nothing can fall and nothing is pruned.
+        If every S is 0, p_k counts. ``norm_limit`` cuts S_k at that many medians of the round
+        before, against a device that diverges.
+        Rows above a device's rank are diluted by its zeros: that is the published method;
+        ``rows = "holders"`` is another one. Norms come from r x r matrices.
 
     Source:
         Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation
-        Models", https://arxiv.org/abs/2401.06432. Ours: ranks from memory budgets, data sizes as
-        weights where every S_k is 0, the limit on S_k, and no penalty or pruning at r_min.
+        Models", https://arxiv.org/abs/2401.06432. No official code was found.
     """
 
     name = "hetlora"

@@ -102,18 +102,32 @@ class Timing:
 class Legend:
     """Trains the last k_i layers of device i, with one rank a layer on all devices.
 
-    Depths follow speed: ``k_i = L - gap + round(gap * share_i)`` with the smallest gap for which
-    devices wait at most eps on average. Ranks follow the layer: ``r_l = r_0 + delta l``. Each
-    layer is averaged over the devices that trained it, without padding or truncation.
+    Depths follow speed, so that devices wait little for each other; ranks follow the layer and grow
+    towards the output. Each layer is averaged over the devices that trained it, without padding or
+    truncation, because a rank belongs to a layer and not to a device.
 
-    The estimates come from the participants; where a contribution's scalars hold
-    ``seconds_per_step`` and ``upload_seconds``, they are smoothed and used instead.
+    Equations:
+        ranks:   r_l = r_0 + delta l,  sum_l r_l = Phi;  what is left goes to the layers one by one
+                 from the output
+        time:    t_i(k) = tau (f_i + k mu_i) + beta_i sum_{l >= L-k} r_l
+        depths:  share_i = (c_i - c_min) / (c_max - c_min),  c_i = 1 / t_i(L)
+                 for gap = 0, 1, ...:  k_i = L - gap + round(gap share_i), or what memory and upload
+                 deadline allow; stop at the first gap with mean_i(max_j t_j(k_j) - t_i(k_i)) <= eps
+        layers:  theta_l = mean over the devices that trained layer l
+
+    Ours:
+        The paper's equations could not be read; timing model and search are our deterministic
+        reading of its description. Times come from profiles, and from the scalars
+        ``seconds_per_step`` and ``upload_seconds`` of updates where they are there, smoothed.
+        ``rank_budget = 0`` takes the largest Phi whose last layer has the run's largest rank. eps
+        is ``max_waiting_seconds``, or a share of the slowest device's full round.
+        Everybody receives all layers, so that a shallow device trains against the model that is
+        evaluated; ``download = "own"`` sends zeros of rank 1 for the others. Data weights;
+        ``uniform`` is the authors' prototype.
 
     Source:
         Liu et al. 2024, "Adaptive Parameter-Efficient Federated Fine-Tuning on Heterogeneous
-        Devices", https://arxiv.org/abs/2412.20004. The equations of the paper could not be read;
-        timing model and search are our deterministic reading of its description. Data weights,
-        sending all layers and the default budget are ours.
+        Devices", https://arxiv.org/abs/2412.20004.
     """
 
     name = "legend"

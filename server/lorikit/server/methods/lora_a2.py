@@ -94,7 +94,7 @@ class LoRAA2(RankPerDevice[LoRAA2Config]):
         exact="yes",
         upload="even rounds: sum_m r_km d_out + h; odd rounds: sum_m r_km d_in + h; "
         "sum_m r_km = r_k N",
-        download="sum_m r_G (d_in + d_out) + h",
+        download="sum_m r_G (d_in + d_out) + h, r_G + 1 in a probe",
         source="https://arxiv.org/abs/2410.22815",
         accepts=("ranks",),
         sent_roles=(("lora_B", "head"), ("lora_A", "head")),
