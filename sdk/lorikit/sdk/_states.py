@@ -4,8 +4,10 @@
 Source:
     Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization",
     https://arxiv.org/abs/2110.02861, sections 2.1 (blocks) and 2.2 (dynamic tree quantisation).
-    The levels are those of bitsandbytes. Other than there, a block's scale carries the sign of its
-    largest element, so that this element is exact whatever its sign.
+    The levels are those of bitsandbytes. Two things differ. A block's scale carries the sign of its
+    largest element, so that this element is exact whatever its sign. And a second moment above
+    zero stays above zero: rounded to zero, it let the next step divide by epsilon alone, which made
+    a model with rare words diverge.
 """
 
 from __future__ import annotations
@@ -69,6 +71,8 @@ def quantized(values: Float32, *, is_signed: bool, block: int = BLOCK) -> tuple[
     divisor = np.where(scales == 0, np.float32(1), scales)
     rows /= divisor[:, None]
     codes = np.searchsorted(_borders(is_signed=is_signed), rows).astype(np.uint8)
+    if not is_signed:
+        codes[(codes == 0) & (rows > 0)] = 1
     return codes.reshape(-1)[: flat.size].reshape(values.shape), scales
 
 
