@@ -35,7 +35,8 @@ from lorikit.sdk._optimizer import initial_slots, updated
 from lorikit.sdk._plan import Outcome, PlanExecutor
 from lorikit.sdk._store import Journal
 from lorikit.sdk.engines import open_engine
-from lorikit.sdk.engines.base import Batch, Engine, Gradients, Predictions
+from lorikit.sdk.engines._signature import DROPOUT_SEED
+from lorikit.sdk.engines.base import Batch, Engine, Evaluation, Gradients, Predictions
 
 pytest.importorskip("onnxruntime", reason="plans run on the onnx engine")
 
@@ -89,6 +90,12 @@ class Dying:
         if self._runs < 0:
             raise KeyboardInterrupt
         return self._engine.gradients(adapter, batch, inputs)
+
+    def loss(self, adapter: Tensors, batch: Batch, inputs: Mapping[str, float]) -> Evaluation:
+        self._runs -= 1
+        if self._runs < 0:
+            raise KeyboardInterrupt
+        return self._engine.loss(adapter, batch, inputs)
 
     def predict(self, adapter: Tensors, batch: Batch, inputs: Mapping[str, float]) -> Predictions:
         return self._engine.predict(adapter, batch, inputs)
@@ -346,3 +353,35 @@ def test_received_adapter_stays_as_it_was(device: Device) -> None:
 def test_outcome_can_be_packed(device: Device) -> None:
     bundle: Bundle = device.run().bundle
     assert len(pack(bundle)) > 0
+
+
+class Listening(Dying):
+    """An engine that notes the dropout seed of each run."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine, 10**6)
+        self.seeds: list[float] = []
+
+    def gradients(self, adapter: Tensors, batch: Batch, inputs: Mapping[str, float]) -> Gradients:
+        self.seeds.append(inputs[DROPOUT_SEED])
+        return super().gradients(adapter, batch, inputs)
+
+
+def _dropout_seeds(folder: Path, plan: Plan) -> list[float]:
+    folder.mkdir()
+    device = Device(folder)
+    engine = Listening(device.engine())
+    device.executor(engine).run(plan, device.package.adapter(), "task-1")
+    return engine.seeds
+
+
+def test_every_micro_batch_has_its_own_dropout_seed_and_a_repeated_run_the_same(
+    tmp_path: Path,
+) -> None:
+    seeds = _dropout_seeds(tmp_path / "a", PLAN)
+    assert len(set(seeds)) == len(seeds) == 14  # seven steps of two micro-batches
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert _dropout_seeds(tmp_path / "b", PLAN) == seeds
+    assert not set(_dropout_seeds(tmp_path / "c", dataclasses.replace(PLAN, seed=12))) & set(seeds)
+    other = dataclasses.replace(PLAN, phases=(dataclasses.replace(PHASE, seed=1),))
+    assert not set(_dropout_seeds(tmp_path / "d", other)) & set(seeds)

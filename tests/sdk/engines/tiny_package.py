@@ -130,7 +130,9 @@ def put(folder: Path, data: bytes) -> BlobRef:
     return ref
 
 
-def build_tiny_package(folder: Path, *, seed: int = 0) -> TinyPackage:
+def build_tiny_package(
+    folder: Path, *, seed: int = 0, graphs: tuple[str, ...] = ("train", "predict")
+) -> TinyPackage:
     pytest.importorskip("onnx", reason="building a package needs onnx")
     rng = np.random.default_rng(seed)
     embedding = rng.standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
@@ -139,7 +141,6 @@ def build_tiny_package(folder: Path, *, seed: int = 0) -> TinyPackage:
     blob = put(folder, embedding.tobytes() + padding + weight.tobytes())
     offsets = (0, embedding.nbytes + len(padding))
     tokenizer = put(folder, tokenizer_json())
-    graphs = tuple(_graph(folder, name, blob.digest, offsets) for name in ("train", "predict"))
     manifest = Manifest(
         model="tiny",
         model_digest=blob.digest,
@@ -149,7 +150,7 @@ def build_tiny_package(folder: Path, *, seed: int = 0) -> TinyPackage:
         kept_layers=(0,),
         lowest_trained_layer=0,
         task=Task(kind="sequence-classification", labels=LABELS),
-        graphs=graphs,
+        graphs=tuple(_graph(folder, name, blob.digest, offsets) for name in graphs),
         adapter=ADAPTER,
         weights=(),
         weight_blobs=(blob,),
@@ -192,7 +193,7 @@ _FORWARD = """
     matmul features hT -> z
     add z classifier.bias -> logits
 """
-_BACKWARD = """
+_LOSS = """
     logsoftmax logits -> logp
     onehot labels -> target
     mul logp target -> picked
@@ -203,6 +204,8 @@ _BACKWARD = """
     equal best labels -> hits
     castf hits -> hitsf
     sumall hitsf -> correct
+"""
+_BACKWARD = """
     softmax logits -> p
     sub p target -> d0
     mul d0 w -> d
@@ -242,11 +245,14 @@ def _graph(folder: Path, name: str, blob: str, offsets: tuple[int, int]) -> Grap
     text = _FORWARD
     inputs = {"input_ids": ["b", "n"], "attention_mask": ["b", "n"]}
     outputs = {"logits": ["b", CLASSES], "features": ["b", HIDDEN]}
-    if name == "train":
+    if name != "predict":
         nodes.append(make("Unsqueeze", ["weights", "axis1"], ["w"]))
-        text += _BACKWARD
+        text += _LOSS
         inputs |= {"labels": ["b"], "weights": ["b"]}
-        outputs = {"loss": [], "correct": [], **{t.name + ".grad": list(t.shape) for t in ADAPTER}}
+        outputs = {"loss": [], "correct": []}
+    if name == "train":
+        text += _BACKWARD
+        outputs |= {t.name + ".grad": list(t.shape) for t in ADAPTER}
     for line in text.split("\n"):
         if line.strip():
             left, right = line.strip().split(" -> ")
