@@ -5,14 +5,15 @@ A graph never holds a de-quantised weight for longer than one use. Each use has 
 de-quantising nodes, placed right before it, so that forward and backward each pay the time and
 neither keeps the memory. A large matrix is read in pieces of some rows, each a part of the matrix's
 range in its blob: forward, y = x W^T, the pieces' results stand side by side; backward, dx = dy W,
-they add up. So a large matrix is never whole in memory, in either direction.
+they add up. So a large matrix is never whole in memory, in either direction. Only a table that the
+graph also reads row by row is mapped once as a whole and cut at run time.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorikit.server.compile.base import Base
 from lorikit.server.compile.graph import Graph, Node
@@ -107,6 +108,7 @@ class _Reading:
         self._stored = base.stored
         self._readers = readers_for(runtime, is_fast=is_fast)
         self._shared: dict[str, str] = {}
+        self._tables = {node.inputs[0] for node in graph.nodes if node.op == "Gather"}
 
     def serve(self, node: Node) -> None:
         """Emit what reads the node's frozen inputs, and change the node where need be."""
@@ -126,11 +128,11 @@ class _Reading:
 
     def _piece(self, name: str) -> Piece | None:
         if name in self._stored:
-            return Piece.whole(name, self._stored[name])
+            return replace(Piece.whole(name, self._stored[name]), is_cut=name in self._tables)
         part = sliced(name)
         if part is None or part[0] not in self._stored:
             return None
-        return Piece(part[0], self._stored[part[0]], *part[1:])
+        return Piece(part[0], self._stored[part[0]], *part[1:], is_cut=part[0] in self._tables)
 
     def _forward(self, node: Node, matrix: Piece) -> None:
         """Read y = x W^T (+ bias): the products of the pieces stand side by side."""
@@ -206,9 +208,15 @@ class _Reading:
         return reader.read(self._graph, piece)
 
     def _shared_value(self, name: str, piece: Piece) -> str:
-        """The value of rows that have a name, made at their first use."""
+        """The value of rows that have a name, made at their first use.
+
+        onnxruntime gives each reader of a ``DequantizeLinear`` a copy of it, at the end of the
+        graph and whatever the optimisation level (``EnsureUniqueDQForNodeUnit``); so there is only
+        one, an ``Identity``, which costs nothing.
+        """
         if name not in self._shared:
-            self._shared[name] = self._value(piece)
+            value = self._value(piece)
+            self._shared[name] = self._graph.emit("Identity", value, shape=piece.shape)
         return self._shared[name]
 
     def _note(self, piece: Piece, kernel: str, pieces: int = 1) -> None:

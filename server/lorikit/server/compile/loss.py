@@ -20,6 +20,9 @@ from lorikit.server.errors import UnsupportedModelError
 HEAD_SLICE_BYTES = 8 << 20
 """De-quantised bytes of the rows of a language-model head that are in memory at a time."""
 
+HEAD_SLICE_ROWS = 2048
+"""Most classes of which logits are in memory at a time."""
+
 
 def add_loss(graph: Graph, logits: str = "logits") -> str:
     """Append weighted cross-entropy of whole logits and its gradient to a forward graph.
@@ -35,6 +38,8 @@ def add_loss(graph: Graph, logits: str = "logits") -> str:
     shape = graph.shape(logits)
     rows, column = shape[:-1], (*shape[:-1], 1)
     _add_targets(graph, rows)
+    guess = graph.emit("ArgMax", logits, shape=rows, axis=-1, keepdims=0)
+    _count_correct(graph, guess, "labels", "weights", rows)
     log_probabilities = graph.emit("LogSoftmax", logits, shape=shape, axis=-1)
     index = graph.emit("Unsqueeze", "labels", graph.ints(-1), shape=column)
     weight = graph.emit("Unsqueeze", "weights", graph.ints(-1), shape=column)
@@ -42,8 +47,6 @@ def add_loss(graph: Graph, logits: str = "logits") -> str:
     minus_weight = graph.emit("Neg", weight, shape=column)
     weighted = graph.emit("Mul", picked, minus_weight, shape=column)
     _output(graph, graph.emit("ReduceSum", weighted, shape=(), keepdims=0), "loss")
-    guess = graph.emit("ArgMax", logits, shape=rows, axis=-1, keepdims=0)
-    _count_correct(graph, guess, "labels", "weights", rows)
 
     probabilities = graph.emit("Exp", log_probabilities, shape=shape)
     scaled = graph.emit("Mul", probabilities, weight, shape=shape)
@@ -88,7 +91,7 @@ def add_vocabulary_loss(
         hidden: Final hidden states [batch, length, width].
         weight: Constant with the head, float32 [classes, width]; it may be the embedding.
         bias: Constant float32 [classes], or None.
-        slice_bytes: Float32 bytes of a slice of the head.
+        slice_bytes: Float32 bytes of a slice of the head; a slice has at most ``HEAD_SLICE_ROWS``.
 
     Returns:
         Name of the gradient of ``loss`` at ``hidden``.
@@ -112,7 +115,8 @@ def add_vocabulary_loss(
     weights = graph.emit("Reshape", "weights", graph.ints(-1, 1), shape=(rows, 1))
 
     state: _Running | None = None
-    for start, stop in row_ranges(classes, max(1, slice_bytes // (4 * width))):
+    most = max(1, min(slice_bytes // (4 * width), HEAD_SLICE_ROWS))
+    for start, stop in row_ranges(classes, most):
         state = _next_slice(graph, flat, weight, bias, (start, stop), state)
     assert state is not None
     label_row, label_logit = _label_logit(graph, flat, labels, weight, bias)

@@ -21,6 +21,9 @@ class Piece:
     stored: Stored
     start: int
     stop: int
+    is_cut: bool = False
+    """Whether the rows are cut out of the whole tensor at run time, because the graph maps the
+    whole tensor anyway: pages that are mapped twice count twice."""
 
     @staticmethod
     def whole(name: str, stored: Stored) -> Piece:
@@ -47,13 +50,13 @@ class Piece:
         """Other rows of the same tensor."""
         return replace(self, start=start, stop=stop)
 
-    def constant(self, graph: Graph, role: str, *shape: int) -> str:
-        """Name of the constant that holds the rows' share of a part, in the given shape.
+    def part(self, graph: Graph, role: str, *shape: int) -> str:
+        """Name of the value that holds the rows' share of a part, in the given shape.
 
         Raises:
             CompileError: The rows begin or end within a block.
         """
-        values = self.stored.encoded.parts[role]
+        values, place = self.stored.encoded.parts[role], self.stored.places[role]
         rows = (self.stored.encoded.shape or (1,))[0]
         first, last = (values.size * row / rows for row in (self.start, self.stop))
         if not (first.is_integer() and last.is_integer()):
@@ -62,12 +65,20 @@ class Piece:
                 f"{self.codec}; choose rows whose values fill its blocks"
             )
         begin, end = int(first), int(last)
+        if self.is_cut and (begin, end) != (0, values.size):
+            lengths = (shape[0] * values.size // (end - begin), *shape[1:])
+            whole = replace(self, start=0, stop=rows).part(graph, role, *lengths)
+            bounds = (bound * lengths[0] // values.size for bound in (begin, end))
+            cut = graph.emit(
+                "Slice", whole, *(graph.ints(bound) for bound in (*bounds, 0)), shape=shape
+            )
+            graph.dtypes[cut] = values.dtype
+            return cut
         name = f"{self.name}[{self.start}:{self.stop}]/{self.codec}/{role}/{len(shape)}"
         graph.constants[name] = values.reshape(-1)[begin:end].reshape(shape)
-        place, width = self.stored.places[role], values.dtype.itemsize
-        graph.external[name] = External(
-            place.blob, place.offset + begin * width, (end - begin) * width
-        )
+        width = values.dtype.itemsize
+        offset, length = place.offset + begin * width, (end - begin) * width
+        graph.external[name] = External(place.blob, offset, length)
         return name
 
 
@@ -121,19 +132,19 @@ def gather_rows(graph: Graph, node: Node, piece: Piece) -> str:
 
 
 def _mapped(graph: Graph, piece: Piece) -> str:
-    return piece.constant(graph, "values", *piece.shape)
+    return piece.part(graph, "values", *piece.shape)
 
 
 def _half(graph: Graph, piece: Piece) -> str:
-    values = piece.constant(graph, "values", *piece.shape)
+    values = piece.part(graph, "values", *piece.shape)
     return graph.emit("Cast", values, shape=piece.shape, hint="weight", to=1)
 
 
 def _int8(graph: Graph, piece: Piece) -> str:
     if len(piece.shape) != 2:
         raise UnsupportedModelError(f"int8 weights must be matrices, got shape {piece.shape}")
-    codes = piece.constant(graph, "codes", *piece.shape)
-    scale = piece.constant(graph, "scale", piece.shape[0])
+    codes = piece.part(graph, "codes", *piece.shape)
+    scale = piece.part(graph, "scale", piece.shape[0])
     return graph.emit("DequantizeLinear", codes, scale, shape=piece.shape, hint="weight", axis=0)
 
 
@@ -144,8 +155,8 @@ def _int4(graph: Graph, piece: Piece) -> str:
 
 def _int4_rows(graph: Graph, index: str, piece: Piece, shape: Shape) -> str:
     rows, columns = piece.shape
-    codes = piece.constant(graph, "codes", rows, columns // 2)
-    scale = piece.constant(graph, "scale", rows, columns // INT4_BLOCK)
+    codes = piece.part(graph, "codes", rows, columns // 2)
+    scale = piece.part(graph, "scale", rows, columns // INT4_BLOCK)
     return graph.emit(
         "GatherBlockQuantized",
         codes,
@@ -166,11 +177,11 @@ def _int4_by_table(graph: Graph, piece: Piece) -> str:
     pairs = np.stack([byte & 15, byte >> 4], axis=1).astype(np.float32) - np.float32(8)
     graph.constants.setdefault("int4_pairs", pairs)
     blocks = piece.size // INT4_BLOCK
-    codes = piece.constant(graph, "codes", blocks, INT4_BLOCK // 2)
+    codes = piece.part(graph, "codes", blocks, INT4_BLOCK // 2)
     index = graph.emit("Cast", codes, shape=(blocks, INT4_BLOCK // 2), to=6)
     graph.dtypes[index] = np.dtype(np.int32)
     found = graph.emit("Gather", "int4_pairs", index, shape=(blocks, INT4_BLOCK // 2, 2), axis=0)
-    scale = piece.constant(graph, "scale", blocks, 1, 1)
+    scale = piece.part(graph, "scale", blocks, 1, 1)
     scaled = graph.emit("Mul", found, scale, shape=(blocks, INT4_BLOCK // 2, 2))
     return graph.emit("Reshape", scaled, graph.ints(*piece.shape), shape=piece.shape, hint="weight")
 
@@ -196,8 +207,8 @@ def _multiply_nf4(x: str, piece: Piece, graph: Graph) -> Node:
 
 
 def _bnb4(x: str, piece: Piece, graph: Graph, *, rows: int, columns: int) -> Node:
-    codes = piece.constant(graph, "codes", piece.size // 2)
-    absmax = piece.constant(graph, "absmax", piece.size // NF4_BLOCK)
+    codes = piece.part(graph, "codes", piece.size // 2)
+    absmax = piece.part(graph, "absmax", piece.size // NF4_BLOCK)
     attributes = {"K": columns, "N": rows, "block_size": NF4_BLOCK, "quant_type": 1}
     return Node("MatMulBnb4", (x, codes, absmax), (), attributes, MICROSOFT)
 
@@ -205,25 +216,25 @@ def _bnb4(x: str, piece: Piece, graph: Graph, *, rows: int, columns: int) -> Nod
 def _multiply_int4(x: str, piece: Piece, graph: Graph) -> Node:
     rows, columns = piece.shape
     blocks = columns // INT4_BLOCK
-    codes = piece.constant(graph, "codes", rows, blocks, INT4_BLOCK // 2)
-    scale = piece.constant(graph, "scale", rows, blocks)
+    codes = piece.part(graph, "codes", rows, blocks, INT4_BLOCK // 2)
+    scale = piece.part(graph, "scale", rows, blocks)
     attributes = {"K": columns, "N": rows, "block_size": INT4_BLOCK, "bits": 4}
     return Node("MatMulNBits", (x, codes, scale), (), attributes, MICROSOFT)
 
 
 def _half_rows(graph: Graph, index: str, piece: Piece, shape: Shape) -> str:
-    values = piece.constant(graph, "values", *piece.shape)
+    values = piece.part(graph, "values", *piece.shape)
     rows = graph.emit("Gather", values, index, shape=shape, axis=0)
     graph.dtypes[rows] = np.dtype(np.float16)
     return graph.emit("Cast", rows, shape=shape, to=1)
 
 
 def _int8_rows(graph: Graph, index: str, piece: Piece, shape: Shape) -> str:
-    stored_codes = piece.constant(graph, "codes", *piece.shape)
+    stored_codes = piece.part(graph, "codes", *piece.shape)
     codes = graph.emit("Gather", stored_codes, index, shape=shape, axis=0)
     graph.dtypes[codes] = np.dtype(np.int8)
     values = graph.emit("Cast", codes, shape=shape, to=1)
-    stored_scale = piece.constant(graph, "scale", piece.shape[0])
+    stored_scale = piece.part(graph, "scale", piece.shape[0])
     scale = graph.emit("Gather", stored_scale, index, shape=shape[:-1], axis=0)
     column = graph.emit("Unsqueeze", scale, graph.ints(-1), shape=(*shape[:-1], 1))
     return graph.emit("Mul", values, column, shape=shape)
