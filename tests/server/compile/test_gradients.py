@@ -284,6 +284,18 @@ def test_a_value_used_twice_gets_the_sum_of_both_gradients() -> None:
     np.testing.assert_allclose(result["a.grad"], 2 * a)
 
 
+def test_two_tensors_with_one_gradient_both_get_it() -> None:
+    graph = graph_of("Add", {"a": (2,), "b": (2,)}, (2,))
+    graph.nodes.append(Node("Exp", ("y",), ("z",)))
+    graph.shapes["z"] = (2,)
+
+    add_gradients(graph, {"z": "dy"}, ["a", "b"])
+
+    result = run(graph, {n: np.zeros(2, np.float32) for n in "ab"} | {"dy": np.ones(2, np.float32)})
+    np.testing.assert_array_equal(result["a.grad"], [1.0, 1.0])
+    np.testing.assert_array_equal(result["b.grad"], [1.0, 1.0])
+
+
 def test_an_operator_without_a_rule_is_named() -> None:
     graph = graph_of("Celu", {"a": (2, 2)}, (2, 2))
 
@@ -367,7 +379,7 @@ def test_a_clipped_value_is_not_kept_for_its_gradient_but_a_mask_is() -> None:
 
     add_gradients(graph, {"y": "dy"}, ["a"])
 
-    assert [node.op for node in graph.nodes] == ["Relu", "Greater", "Where", "Identity"]
+    assert [node.op for node in graph.nodes] == ["Relu", "Greater", "Where"]
     assert graph.dtypes[graph.nodes[1].outputs[0]] == np.bool_
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lorikit.server.compile.cleaning import merge_equal, remove_dead
+from lorikit.server.compile.gradients.parts import reshape_target, reshaped
 from lorikit.server.compile.graph import MICROSOFT, Graph, Node, Shape
 
 
@@ -23,6 +24,7 @@ def fuse_forward(graph: Graph) -> dict[str, int]:
     To run after ``fuse_linear`` and before ``add_gradients``.
     """
     passes = (
+        fix_reshapes,
         fuse_rms_norm,
         fuse_silu,
         fuse_rotary,
@@ -34,6 +36,28 @@ def fuse_forward(graph: Graph) -> dict[str, int]:
     merge_equal(graph)
     remove_dead(graph)
     return found
+
+
+def fix_reshapes(graph: Graph) -> int:
+    """Let a Reshape say what it does without computing lengths; return how many now do.
+
+    A runtime that knows a shape before the run plans its memory faster, and the few nodes that
+    computed it go.
+    """
+    count = 0
+    for node in graph.nodes:
+        if node.op != "Reshape" or node.inputs[1] in graph.constants:
+            continue
+        source, shape = graph.shapes.get(node.inputs[0]), graph.shapes.get(node.outputs[0])
+        if source is None or shape is None:
+            continue
+        target = reshape_target(source, shape)
+        if target.count(-1) > 1:
+            continue
+        node.inputs, node.attributes = (node.inputs[0], graph.ints(*target)), {}
+        count += 1
+    remove_dead(graph)
+    return count
 
 
 def fuse_rms_norm(graph: Graph) -> int:
@@ -219,19 +243,20 @@ def fuse_products(graph: Graph) -> int:
     producers = graph.producers()
     uses = _uses(graph)
     count = 0
-    for node in graph.nodes:
-        product = node
-        alpha = 1.0
+    done: set[str] = set()
+    for node in reversed(graph.nodes):
+        product, alpha = node, 1.0
         for value, factor in _pairs(node, "Mul"):
             scale = _scalar(graph, factor)
             inner = producers.get(value)
             if scale is not None and inner is not None and uses[value] == 1:
                 product, alpha = inner, scale
-        if product.op != "MatMul":
+        if product.op != "MatMul" or product.outputs[0] in done:
             continue
         (a, ta), (b, tb) = (_untransposed(graph, producers, name) for name in product.inputs)
         if not ta and not tb and alpha == 1.0:
             continue
+        done.add(product.outputs[0])
         node.op, node.domain, node.inputs = "FusedMatMul", MICROSOFT, (a, b)
         node.attributes = {"transA": int(ta), "transB": int(tb), "alpha": alpha}
         count += 1
@@ -300,28 +325,15 @@ def _fold(graph: Graph, node: Node, shared: str) -> None:
     rows = share * length if isinstance(length, int) else f"{share}*{length}"
     place = graph.nodes.index(node)
     first = len(graph.nodes)
-    folded = _seen_as(graph, queries, (shape[0], groups, rows, shape[3]))
+    folded = reshaped(graph, queries, (shape[0], groups, rows, shape[3]))
     _move(graph, first, place, node.scope)
     product = graph.fresh("folded")
     graph.shapes[product] = (out[0], groups, rows, out[3])
     node.inputs, node.outputs = (folded, shared), (product,)
     first = len(graph.nodes)
-    graph.nodes.append(
-        Node("Reshape", (product, graph.ints(0, heads, -1, _kept(out[3]))), (result,))
-    )
+    target = graph.ints(*reshape_target(graph.shape(product), out))
+    graph.nodes.append(Node("Reshape", (product, target), (result,)))
     _move(graph, first, place + 2, node.scope)
-
-
-def _seen_as(graph: Graph, value: str, shape: Shape) -> str:
-    groups = shape[1]
-    assert isinstance(groups, int)
-    target = graph.ints(0, groups, -1, _kept(shape[3]))
-    return graph.emit("Reshape", value, target, shape=shape)
-
-
-def _kept(length: int | str) -> int:
-    """Entry of a Reshape's target for a length that stays where it is."""
-    return length if isinstance(length, int) else 0
 
 
 def scale_at_rank(graph: Graph) -> int:

@@ -109,14 +109,21 @@ def _folded(dims: Shape) -> Dim:
 
 def reshaped(graph: Graph, value: str, shape: Shape, like: str = "") -> str:
     """See a value in another shape, that of ``like`` if the shape alone does not determine it."""
-    source = graph.shape(value)
-    target = [
-        n if isinstance(n, int) and n else 0 if i < len(source) and source[i] == n else -1
-        for i, n in enumerate(shape)
-    ]
+    target = reshape_target(graph.shape(value), shape)
     computed = target.count(-1) > 1
     name = lengths(graph, like) if computed else graph.ints(*target)
     return graph.emit("Reshape", value, name, shape=shape)
+
+
+def reshape_target(source: Shape, shape: Shape) -> list[int]:
+    """What ``Reshape`` is told to get one shape from another: 0 keeps a length, -1 is computed.
+
+    More than one -1 means that the shape has to be computed from elsewhere.
+    """
+    return [
+        n if isinstance(n, int) and n else 0 if i < len(source) and source[i] == n else -1
+        for i, n in enumerate(shape)
+    ]
 
 
 def lengths(graph: Graph, name: str) -> str:

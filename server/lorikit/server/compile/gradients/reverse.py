@@ -9,7 +9,7 @@ import numpy as np
 
 from lorikit.server.compile.gradients.parts import Rule, zeros
 from lorikit.server.compile.gradients.rules import RULES
-from lorikit.server.compile.graph import Graph, Node, Port
+from lorikit.server.compile.graph import Graph, Node, Port, Shape
 from lorikit.server.errors import UnsupportedModelError
 
 
@@ -60,9 +60,11 @@ def add_gradients(
     for name in trained:
         if name not in collected:
             raise UnsupportedModelError(f"{name} has no effect on the loss, so it cannot train")
-        graph.nodes.append(Node("Identity", (collected[name],), (f"{name}.grad",)))
-        graph.shapes[f"{name}.grad"] = graph.shape(name)
-        graph.outputs.append(Port(f"{name}.grad", np.dtype(np.float32), graph.shape(name)))
+    for name in trained:
+        value = collected[name]
+        _leave(graph, value, f"{name}.grad", graph.shape(name), len(forward))
+        # Two tensors may have the same gradient; the second one then copies the first one's.
+        collected = {k: f"{name}.grad" if v == value else v for k, v in collected.items()}
 
 
 def _reached(nodes: Sequence[Node], trained: Sequence[str], stopped: Collection[str]) -> set[str]:
@@ -91,6 +93,22 @@ def _collect(graph: Graph, collected: dict[str, str], name: str, gradient: str) 
             "Add", collected[name], gradient, shape=graph.shape(name), hint="grad"
         )
     collected[name] = gradient
+
+
+def _leave(graph: Graph, value: str, name: str, shape: Shape, first: int) -> None:
+    """Let a gradient leave the graph under a name of its own, which its node takes if it can."""
+    graph.shapes[name] = shape
+    port = Port(name, np.dtype(np.float32), shape)
+    taken = {output.name for output in graph.outputs}
+    backward = graph.nodes[first:]
+    producer = next((node for node in backward if value in node.outputs), None)
+    if producer is None or value in taken:
+        graph.nodes.append(Node("Identity", (value,), (name,)))
+    else:
+        producer.outputs = tuple(name if n == value else n for n in producer.outputs)
+        for node in backward:
+            node.inputs = tuple(name if n == value else n for n in node.inputs)
+    graph.outputs.append(port)
 
 
 def _set_scope(graph: Graph, boundary: Node, scope: str) -> None:
