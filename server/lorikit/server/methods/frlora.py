@@ -63,8 +63,8 @@ class FRLoRA(SameWork[FRLoRAConfig]):
         the state's scalar ``delta_lost`` says how much.
 
     Source:
-        Yan et al. 2025, "Federated Residual Low-Rank Adaptation of Large Language Models", ICLR;
-        code IAMJackYan/FRLoRA.
+        Yan et al. 2025, "Federated Residual Low-Rank Adaption of Large Language Models", ICLR,
+        https://openreview.net/forum?id=e0rQRMUhs7.
     """
 
     name = "frlora"
@@ -76,7 +76,7 @@ class FRLoRA(SameWork[FRLoRAConfig]):
         exact="no on the mean (cross terms), yes on what goes into the base",
         upload="sum_m r (d_in + d_out) + h",
         download="sum_m (r + R) (d_in + d_out) + h, R the rank of the base delta",
-        source="https://github.com/IAMJackYan/FRLoRA",
+        source="https://openreview.net/forum?id=e0rQRMUhs7",
         needs=DELTA_ROLES,
     )
 
