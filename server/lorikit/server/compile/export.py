@@ -17,6 +17,7 @@ import torch
 from onnxscript import optimizer
 
 from lorikit.server.compile.cleaning import fuse_linear, merge_equal
+from lorikit.server.compile.fusions import fuse_forward
 from lorikit.server.compile.graph import Array, Graph, Port
 from lorikit.server.compile.models import Model, quiet, scaling
 from lorikit.server.compile.onnx_format import OPSET, from_onnx
@@ -48,16 +49,48 @@ def export_forward(model: Model) -> Graph:
 def _exported(model: Model) -> Graph:
     inputs, dynamic = _example(model)
     names = list(inputs)
+    return to_graph(
+        model,
+        _Forward(model, names),
+        (tuple(inputs.values()), torch.tensor(2.0)),
+        input_names=[*names, "lora_scale"],
+        output_names=["logits", "features"],
+        dynamic_shapes={"arrays": tuple(dynamic.values()), "lora_scale": None},
+    )
+
+
+def to_graph(
+    model: Model,
+    module: torch.nn.Module,
+    arguments: tuple[Any, ...],
+    *,
+    input_names: list[str],
+    output_names: list[str],
+    dynamic_shapes: dict[str, Any],
+) -> Graph:
+    """Trace a module that wraps the model as ``base``; frozen weights become constants.
+
+    Args:
+        model: Whose parameters are frozen or adapter tensors.
+        module: What to trace.
+        arguments: To trace with.
+        input_names: Of the arrays in ``arguments``, in their order.
+        output_names: Of what the module returns.
+        dynamic_shapes: Axes of the arguments that stay symbolic.
+
+    Raises:
+        UnsupportedModelError: An adapter tensor has no part in the graph.
+    """
     with quiet():
         program = torch.onnx.export(
-            _Forward(model, names),
-            (tuple(inputs.values()), torch.tensor(2.0)),
+            module,
+            arguments,
             dynamo=True,
             optimize=False,
             opset_version=OPSET,
-            input_names=[*names, "lora_scale"],
-            output_names=["logits", "features"],
-            dynamic_shapes={"arrays": tuple(dynamic.values()), "lora_scale": None},
+            input_names=input_names,
+            output_names=output_names,
+            dynamic_shapes=dynamic_shapes,
         )
     assert program is not None
     ir_model = program.model
@@ -71,6 +104,7 @@ def _exported(model: Model) -> Graph:
     _freeze(graph, parameters)
     fuse_linear(graph)
     merge_equal(graph)
+    fuse_forward(graph)
     return graph
 
 
