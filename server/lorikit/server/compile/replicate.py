@@ -7,11 +7,10 @@ layers is known from two of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 
-from lorikit.proto.manifest import AdapterTensor
 from lorikit.server.compile.architectures import Architecture
 from lorikit.server.compile.graph import Array, Graph, Node, Port, Shape
 from lorikit.server.compile.layers import stream_of
@@ -29,7 +28,7 @@ def replicate_last_layer(
     architecture: Architecture,
     count: int,
     parameters: Mapping[str, Array],
-    adapter: Mapping[str, AdapterTensor],
+    ports: Container[str],
 ) -> None:
     """Repeat layer 1 of a graph with two layers until it has ``count``.
 
@@ -38,24 +37,24 @@ def replicate_last_layer(
         architecture: Knows the layer of a name.
         count: Layers to make.
         parameters: Parameters of the whole model by name; frozen ones become constants.
-        adapter: Adapter tensors of the whole model; those in use become inputs.
+        ports: Names that may become inputs: adapter tensors and the like of the whole model.
     """
     inside = [node for node in graph.nodes if architecture.layer_of(node.scope) == 1]
     entry, result = stream_of(graph, architecture, 1)
     end = max(index for index, node in enumerate(graph.nodes) if node in inside) + 1
     clones: list[Node] = []
-    ports = {port.name: port for port in graph.inputs}
+    inputs = {port.name: port for port in graph.inputs}
     stream = result
     for layer in range(2, count):
         names = {entry: stream}
         for node in inside:
             names |= _named_anew(graph, node, architecture, layer, names)
-        for name in {name for node in inside for name in node.inputs}:
+        for name in dict.fromkeys(name for node in inside for name in node.inputs):
             own = architecture.in_layer(name, layer)
             if own == name:
                 continue
-            if name in ports:
-                port = _port(ports[name], own, layer, adapter)
+            if name in inputs:
+                port = _port(inputs[name], own, layer, ports)
                 graph.inputs.append(port)
                 graph.shapes[own] = port.shape
             elif name in graph.constants:
@@ -106,8 +105,8 @@ def _clone(node: Node, architecture: Architecture, layer: int, names: Mapping[st
     )
 
 
-def _port(port: Port, name: str, layer: int, adapter: Mapping[str, AdapterTensor]) -> Port:
-    if name not in adapter:
+def _port(port: Port, name: str, layer: int, ports: Container[str]) -> Port:
+    if name not in ports:
         raise UnsupportedModelError(f"layer {layer} has no adapter tensor {name}")
     return Port(name, port.dtype, _relabelled(port.shape, layer))
 
