@@ -327,16 +327,38 @@ class TestInt4(IntegerContract):
         np.testing.assert_array_equal(codec(self.name).decode(encoded), [8, -7, 0])
 
 
-class Int4RowsContract(IntegerContract):
+class RowBlocksContract(IntegerContract):
     @property
     def block(self) -> int:
-        return int(self.name.removeprefix("int4-row"))
+        return int(self.name.partition("-row")[2])
 
     def step(self, values: Float32, encoded: Encoded) -> npt.NDArray[np.float64]:
         columns = values.shape[-1] if values.ndim else 1
         steps = np.abs(encoded.parts["scale"].astype(np.float64))
         return np.repeat(steps, self.block, axis=-1)[:, :columns].reshape(values.shape)
 
+
+class Int8RowsContract(RowBlocksContract):
+    def test_block_ends_with_its_row(self) -> None:
+        encoded = codec(self.name).encode(normal((3, self.block + 1)))
+        assert encoded.parts["codes"].shape == (3, 2, self.block)
+        assert encoded.parts["scale"].shape == (3, 2)
+        np.testing.assert_array_equal(encoded.parts["codes"][:, 1, 1:], 128)
+
+
+class TestInt8Rows32(Int8RowsContract):
+    name, bits = "int8-row32", 9.0
+
+
+class TestInt8Rows64(Int8RowsContract):
+    name, bits = "int8-row64", 8.5
+
+
+class TestInt8Rows128(Int8RowsContract):
+    name, bits = "int8-row128", 8.25
+
+
+class Int4RowsContract(RowBlocksContract):
     def test_block_ends_with_its_row(self) -> None:
         encoded = codec(self.name).encode(normal((3, self.block + 1)))
         assert encoded.parts["codes"].shape == (3, 2, self.block // 2)

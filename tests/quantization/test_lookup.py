@@ -37,8 +37,8 @@ def test_codec_is_found_by_its_name() -> None:
 
 
 def test_unknown_codec_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(QuantizationError, match=r"unknown codec 'int3'.*fp32, .*nf4"):
-        codec("int3")
+    with pytest.raises(QuantizationError, match=r"unknown codec 'int5'.*fp32, .*nf4"):
+        codec("int5")
 
 
 @pytest.mark.parametrize("to_name", CODECS)

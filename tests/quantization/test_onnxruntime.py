@@ -98,6 +98,26 @@ def test_matmul_nbits_reads_int4_rows(block: int, shape: tuple[int, int]) -> Non
 
 
 @pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("shape", [(48, 256), (7, 128), (5, 33), (16, 200), (3, 1)])
+def test_matmul_nbits_reads_int8_rows(block: int, shape: tuple[int, int]) -> None:
+    outputs, width = shape
+    weights = codec(f"int8-row{block}")
+    encoded = weights.encode(normal(outputs, width))
+    inputs = normal(5, width)
+    result = run(
+        "MatMulNBits",
+        {"a": inputs},
+        {role: encoded.parts[role] for role in ("codes", "scale")},
+        N=outputs,
+        K=width,
+        bits=8,
+        block_size=block,
+        accuracy_level=1,
+    )
+    assert_close_product(result, inputs, weights.decode(encoded))
+
+
+@pytest.mark.parametrize("block", [32, 64, 128])
 @pytest.mark.parametrize("shape", [(50, 256), (7, 128), (5, 33)])
 def test_gather_block_quantized_reads_int4_rows(block: int, shape: tuple[int, int]) -> None:
     rows, width = shape

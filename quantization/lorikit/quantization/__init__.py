@@ -2,9 +2,10 @@
 """Codecs: fewer bits, on the wire and in the base model.
 
 ``codec(name)`` finds a codec, ``convert`` goes from one to another, ``error_metrics`` says what it
-cost. Base weights: ``nf4``, ``fp4`` (each also ``-dq``), ``int8``, ``int4-row32/64/128``, ``fp16``,
-``bf16``, ``fp32``. Updates: ``int1``, ``int2``, ``int3``, ``int4``, ``int6``, ``int8-block64``,
-``topk``, ``fp16``, ``bf16``, ``fp32``; ``wire`` sends changes with rotation and seeded rounding.
+cost. Base weights: ``nf4``, ``fp4`` (each also ``-dq``), ``int8``, ``int8-row32/64/128``,
+``int4-row32/64/128``, ``fp16``, ``bf16``, ``fp32``. Updates: ``int1``, ``int2``, ``int3``,
+``int4``, ``int6``, ``int8-block64``, ``topk``, ``fp16``, ``bf16``, ``fp32``; ``wire`` sends changes
+with rotation and seeded rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lorikit.quantization.fp4 import FP4, FP4_DQ
 from lorikit.quantization.fp16 import Fp16
 from lorikit.quantization.fp32 import Fp32
 from lorikit.quantization.int4 import Int4, Int4Rows
-from lorikit.quantization.int8 import Int8, Int8Blocks
+from lorikit.quantization.int8 import Int8, Int8Blocks, Int8Rows
 from lorikit.quantization.metrics import ErrorMetrics, error_metrics
 from lorikit.quantization.nf4 import NF4, NF4_DQ
 from lorikit.quantization.planes import INT1, INT2, INT3, INT6
@@ -42,6 +43,9 @@ _ALL: tuple[Codec, ...] = (
     Fp16(),
     Bf16(),
     Int8(),
+    Int8Rows(32),
+    Int8Rows(64),
+    Int8Rows(128),
     Int8Blocks(),
     INT6,
     Int4(),

@@ -48,6 +48,18 @@ class DoubleTableCodec:
         """
         array = finite(values)
         codes, largest = quantize(array.reshape(-1), self.table)
+        return self.with_magnitudes(array.shape, codes, largest)
+
+    def with_magnitudes(
+        self, shape: tuple[int, ...], codes: npt.NDArray[np.uint8], largest: Float32
+    ) -> Encoded:
+        """The tensor whose codes and block magnitudes these are, its magnitudes quantised.
+
+        Args:
+            shape: Of the tensor.
+            codes: As the codec without double quantisation stores them.
+            largest: Magnitude of each block, float32 [blocks].
+        """
         offset = np.float32(largest.mean(dtype=np.float64) if largest.size else 0)
         blocks = padded_blocks(largest - offset, NESTED_BLOCK)
         nested = absmax(blocks)
@@ -58,7 +70,7 @@ class DoubleTableCodec:
             "nested_absmax": nested,
             "nested_offset": np.array([offset], np.float32),
         }
-        return Encoded(self.name, array.shape, parts)
+        return Encoded(self.name, shape, parts)
 
     def decode(self, encoded: Encoded) -> Float32:
         """Level of each code times the restored magnitude of its block.
@@ -68,16 +80,27 @@ class DoubleTableCodec:
         """
         check(encoded, self.name, "codes", "absmax", "nested_absmax", "nested_offset")
         length = size(encoded.shape)
-        count = -(-length // BLOCK)
         codes = part(encoded, "codes", np.uint8, (-(-length // 2),))
+        return dequantize(codes, self.magnitudes(encoded), self.table, length).reshape(
+            encoded.shape
+        )
+
+    def magnitudes(self, encoded: Encoded) -> Float32:
+        """The restored magnitude of each block, float32 [blocks].
+
+        Raises:
+            QuantizationError: Parts missing, or their shapes or types do not follow from the shape.
+        """
+        check(encoded, self.name, "codes", "absmax", "nested_absmax", "nested_offset")
+        count = -(-size(encoded.shape) // BLOCK)
         absmax_codes = part(encoded, "absmax", np.uint8, (count,))
         nested = part(encoded, "nested_absmax", np.float32, (-(-count // NESTED_BLOCK),))
         offset = part(encoded, "nested_offset", np.float32, (1,))
         blocks = padded_blocks(DYNAMIC_LEVELS[absmax_codes], NESTED_BLOCK)
         scale_blocks(blocks, nested)
         with np.errstate(over="ignore", invalid="ignore"):
-            largest = blocks.reshape(-1)[:count] + offset
-        return dequantize(codes, largest, self.table, length).reshape(encoded.shape)
+            largest: Float32 = blocks.reshape(-1)[:count] + offset
+        return largest
 
 
 def _dynamic_levels() -> Float32:

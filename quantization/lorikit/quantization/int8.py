@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from lorikit.proto.tensors import Encoded
@@ -22,6 +24,9 @@ from lorikit.quantization.bf16 import away_from_zero, from_upper_halves
 _LEVELS = 127
 
 _BLOCK = 64
+
+_ZERO_POINT = 128
+"""What the blocked codes for base weights are stored beyond themselves."""
 
 
 class Int8:
@@ -62,6 +67,57 @@ class Int8:
         values = part(encoded, "codes", np.int8, (rows, columns)).astype(np.float32)
         scale_blocks(values, part(encoded, "scale", np.float32, (rows,)))
         return values.reshape(encoded.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Rows:
+    """Int8 in blocks along each row of the last axis, for base weights with outliers in a row.
+
+    Parts: ``codes`` uint8 [rows, blocks, block], each code plus 128, and ``scale`` float32 [rows,
+    blocks], where rows is the product of all axes but the last and blocks is ceil(columns / block);
+    a last block is filled up with zeros. onnxruntime's ``MatMulNBits`` with 8 bits reads the parts
+    as they are.
+    """
+
+    block: int
+    """Values that share a scale; 32, 64 or 128."""
+
+    @property
+    def name(self) -> str:
+        """``int8-row32``, ``int8-row64`` or ``int8-row128``."""
+        return f"int8-row{self.block}"
+
+    def encode(self, values: Float32, *, rng: np.random.Generator | None = None) -> Encoded:
+        """Round each block to its own step, to nearest or stochastically.
+
+        Raises:
+            QuantizationError: A value is not finite.
+        """
+        array = finite(values)
+        rows, columns = rows_and_columns(array.shape)
+        count = -(-columns // self.block)
+        codes = np.empty((rows, count, self.block), np.uint8)
+        scale = np.empty((rows, count), np.float32)
+        for piece in chunks(rows, count * self.block):
+            blocks = padded_blocks(array.reshape(rows, columns)[piece], self.block)
+            scale[piece], inverse = symmetric_steps(blocks, _LEVELS)
+            codes[piece] = _codes(blocks, inverse, rng).view(np.uint8) ^ np.uint8(_ZERO_POINT)
+        return Encoded(self.name, array.shape, {"codes": codes, "scale": scale})
+
+    def decode(self, encoded: Encoded) -> Float32:
+        """Codes times the scale of their block.
+
+        Raises:
+            QuantizationError: Parts missing, or their shapes or types do not follow from the shape.
+        """
+        check(encoded, self.name, "codes", "scale")
+        rows, columns = rows_and_columns(encoded.shape)
+        count = -(-columns // self.block)
+        codes = part(encoded, "codes", np.uint8, (rows, count, self.block))
+        blocks = (codes ^ np.uint8(_ZERO_POINT)).view(np.int8).astype(np.float32)
+        scale_blocks(blocks, part(encoded, "scale", np.float32, (rows, count)))
+        flat = blocks.reshape(rows, count * self.block)[:, :columns]
+        return np.ascontiguousarray(flat).reshape(encoded.shape)
 
 
 class Int8Blocks:
