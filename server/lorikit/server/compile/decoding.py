@@ -11,6 +11,7 @@ prompt may be given in several parts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+
 import torch
 
 from lorikit.proto.manifest import CacheShape
