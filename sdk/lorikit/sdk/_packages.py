@@ -13,7 +13,12 @@ from lorikit.proto.tensors import MalformedTensorError, Tensors, unpack
 from lorikit.quantization import QuantizationError, codec
 from lorikit.sdk._blobs import BlobCache
 from lorikit.sdk._connection import Connection
-from lorikit.sdk._errors import CancelledError, PackageError, UnsupportedPackageError
+from lorikit.sdk._errors import (
+    CancelledError,
+    ForeignAdapterError,
+    PackageError,
+    UnsupportedPackageError,
+)
 from lorikit.sdk._events import Downloaded, Event
 from lorikit.sdk._transport import Transport
 
@@ -52,7 +57,8 @@ def read_adapter(blobs: BlobCache, adapter: BlobRef, manifest: Manifest) -> Tens
     """The adapter that lies in the cache, decoded.
 
     Raises:
-        PackageError: Absent, damaged, of another model, or with numbers that are not finite.
+        ForeignAdapterError: It has other tensors than the package: it is another model's.
+        PackageError: Absent, damaged, or with numbers that are not finite.
     """
     try:
         bundle = unpack(blobs.read(adapter))
@@ -63,7 +69,7 @@ def read_adapter(blobs: BlobCache, adapter: BlobRef, manifest: Manifest) -> Tens
     if expected != tensors.keys():
         name = min(expected ^ tensors.keys())
         has, lacks = ("adapter", "package") if name in tensors else ("package", "adapter")
-        raise PackageError(f"the {has} has a tensor {name!r:.120} that the {lacks} has not")
+        raise ForeignAdapterError(f"the {has} has a tensor {name!r:.120} that the {lacks} has not")
     for name, values in tensors.items():
         if not np.isfinite(values).all():
             raise PackageError(f"the adapter's tensor {name} has numbers that are not finite")

@@ -90,6 +90,10 @@ _BITS: Mapping[int, int] = {
 """Bits of an element by ONNX's number of its type."""
 
 
+_NUMBERS_AND_TEXTS = frozenset({1, 2, 3, 6, 7, 8})
+"""ONNX's numbers of the attribute types that hold neither tensors nor graphs."""
+
+
 def read_model(path: Path) -> Any:  # noqa: ANN401  # a message that is declared at run time
     """The file's ``Model`` message.
 
@@ -177,14 +181,22 @@ def _other_tensors(model: Any) -> Iterator[Any]:  # noqa: ANN401  # as read_mode
 def _tensors_of_nodes(nodes: Any) -> Iterator[Any]:  # noqa: ANN401  # as read_model
     for node in nodes:
         for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
+            if attribute.type in _NUMBERS_AND_TEXTS and not _holds_more(attribute):
+                continue
+            yield attribute.t
             yield from attribute.tensors
             for graph in (attribute.g, *attribute.graphs):
                 yield from graph.initializer
                 for sparse in graph.sparse_initializer:
                     yield from (sparse.values, sparse.indices)
                 yield from _tensors_of_nodes(graph.node)
+
+
+def _holds_more(attribute: Any) -> bool:  # noqa: ANN401  # as read_model
+    """Whether an attribute has a tensor or graph, whatever type it claims."""
+    return bool(
+        attribute.HasField("t") or attribute.HasField("g") or attribute.tensors or attribute.graphs
+    )
 
 
 @cache

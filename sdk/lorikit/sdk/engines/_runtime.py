@@ -26,7 +26,13 @@ from lorikit.sdk.engines._onnx_file import check_places, read_model
 from lorikit.sdk.engines._package import PackageEngine, Session
 
 _OUT_OF_MEMORY = ("bad_alloc", "failed to allocate", "cannot allocate memory", "out of memory")
-_UNSUPPORTED = ("is not a registered function/op", "opset", "ir version", "ir_version")
+_UNSUPPORTED = (
+    "is not a registered function/op",
+    "no op registered for",
+    "opset",
+    "ir version",
+    "ir_version",
+)
 
 
 def open_package(manifest: Manifest, folder: Path, *, threads: int, runtime: str) -> PackageEngine:
