@@ -25,7 +25,7 @@ from lorikit.sdk.engines._signature import (
     feeds,
     trained_tensors,
 )
-from lorikit.sdk.engines.base import Batch, Evaluation, Gradients, Predictions
+from lorikit.sdk.engines.base import Batch, Decoded, Evaluation, Gradients, Predictions
 
 
 class Session(Protocol):
@@ -98,6 +98,20 @@ class PackageEngine:
         logits, features = self._run("predict", ("logits", "features"), adapter, batch, inputs)
         return Predictions(
             logits=np.asarray(logits, np.float32), features=np.asarray(features, np.float32)
+        )
+
+    def decode(
+        self, adapter: Tensors, tokens: Mapping[str, Array], inputs: Mapping[str, float]
+    ) -> Decoded:
+        """Logits and the new part of the cache; see ``Engine.decode``."""
+        graph, _ = self._session("decode")
+        none = np.zeros(0, np.int64)
+        batch = Batch(inputs=tokens, labels=none, weights=none.astype(np.float32))
+        found = self._run("decode", graph.outputs, adapter, batch, inputs)
+        results = dict(zip(graph.outputs, found, strict=True))
+        return Decoded(
+            logits=np.asarray(results.pop("logits"), np.float32),
+            new={name.removeprefix("new."): value for name, value in results.items()},
         )
 
     def close(self) -> None:

@@ -61,6 +61,17 @@ class Predictions:
     """Input of the task head, [batch, width]."""
 
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Result of continuing texts by the next token."""
+
+    logits: npt.NDArray[np.float32]
+    """Of the token after the last one given, [batch, vocabulary]."""
+    new: Mapping[str, Array]
+    """The given tokens' part of the cache by ``<layer>.key`` and ``<layer>.value``, float32 [step,
+    batch, heads, width]."""
+
+
 class Engine(Protocol):
     """An opened package. Engines are not thread-safe; one belongs to one executor."""
 
@@ -88,6 +99,24 @@ class Engine(Protocol):
 
     def predict(self, adapter: Tensors, batch: Batch, inputs: Mapping[str, float]) -> Predictions:
         """Logits and features; ``labels`` and ``weights`` of the batch are not looked at."""
+        ...
+
+    def decode(
+        self, adapter: Tensors, tokens: Mapping[str, Array], inputs: Mapping[str, float]
+    ) -> Decoded:
+        """Logits of the token that follows, from the tokens given and a cache of earlier ones.
+
+        Args:
+            adapter: Every adapter tensor of the manifest, float32.
+            tokens: ``input_ids``, ``attention_mask`` and ``position_ids``, int64 [batch, step],
+                padded on the left; ``past_mask``, int64 [batch, past]; and what ``Decoded.new``
+                gave for all earlier tokens, as ``past.<layer>.key`` and ``past.<layer>.value``,
+                float32 [past, batch, heads, width]. Past may be 0.
+            inputs: The plan's scalar inputs.
+
+        Raises:
+            UnsupportedPackageError: The package has no graph ``decode``.
+        """
         ...
 
     def close(self) -> None:
