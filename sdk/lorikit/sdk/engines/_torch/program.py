@@ -26,7 +26,7 @@ HIGHEST_IR = 10
 """Newest file format that is read."""
 
 HOST_ELEMENTS = 64
-"""Whole numbers of at most so many elements stay on the host: they are shapes and axes."""
+"""Whole numbers of at most so many elements may stay on the host: they are shapes and axes."""
 
 
 @dataclass(slots=True)
@@ -79,7 +79,7 @@ class Program:
         results = result if isinstance(result, tuple) else (result,)
         for name, value in zip(step.outputs, results, strict=False):
             if name and value is not None:
-                values[name] = value
+                values[name] = value.to(self.device) if _is_large(value) else value
         for name in step.released:
             values.pop(name, None)
 
