@@ -50,6 +50,15 @@ def test_unknown_names_are_answered_with_the_known_ones() -> None:
         build_method("hetlora", {"gama": 0.9})
 
 
+def test_an_option_of_other_methods_is_answered_with_those() -> None:
+    with pytest.raises(
+        ValueError, match=r"fedit has no option min_rank; .* have it: flexlora, flora, hetlora"
+    ):
+        build_method("fedit", {"min_rank": 2})
+    with pytest.raises(ValueError, match=r"no option capacity; .*; methods that have it: fedra$"):
+        build_method("hetlora", {"capacity": "budget"})
+
+
 @pytest.mark.parametrize("value", ["0.9", None, True, [0.9]])
 def test_options_of_the_wrong_type_are_named(value: object) -> None:
     with pytest.raises(ValueError, match="option gamma of hetlora must be a float"):

@@ -162,6 +162,21 @@ def test_a_device_that_joins_late_probes_first_and_alone(
     assert [sum(w.ranks.values()) for w in work] == [2 * MODULES, 6 * MODULES]
 
 
+def test_an_update_with_fewer_ranks_than_chosen_is_refused(
+    space: AdapterSpace, initial: Tensors, device: Devices, trainer: Trainer
+) -> None:
+    """One column would stand for all chosen ones if numpy were left to broadcast it."""
+    method = LoRAA2(SMALL)
+    state = method.start(space, initial)
+    [work] = method.assign(state, space, 0, [device("d")], np.random.default_rng(0))
+    update = trainer(method, state, space, work)
+    b = space.pairs()[0][1].name
+    short = replace(update, tensors={**update.tensors, b: update.tensors[b][:, :1]})
+
+    with pytest.raises(ValueError, match=r"device d sent .* \(9, 1\), it was given \(9, 6\)"):
+        method.aggregate(state, space, [short])
+
+
 @pytest.mark.parametrize("options", [{"probe_every": 0}, {"weighting": "norm"}, {"min_rank": 0}])
 def test_bad_options_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must"):

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from lorikit.proto.tensors import Tensors
-from lorikit.server.methods import build_method
+from lorikit.server.methods import FACTS, METHODS, build_method
 from lorikit.server.methods.base import AdapterSpace, Contribution, Method, Participant, State
 from lorikit.server.methods.head_start import HeadStart
 from lorikit.server.methods.server_optimizer import ServerOptimizer, ServerOptimizerConfig
 
 Devices = Callable[..., Participant]
 Trainer = Callable[..., Contribution]
+NEW_EACH_ROUND = ("fedex-lora", "flexlora", "flora", "frlora")
 
 
 def played(
@@ -29,7 +30,7 @@ def played(
     return method.aggregate(state, space, updates)
 
 
-@pytest.mark.parametrize("name", ["fedit", "hetlora", "legend", "fedra"])
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(NEW_EACH_ROUND)))
 def test_momentum_zero_and_rate_one_is_the_method_itself(
     name: str, space: AdapterSpace, initial: Tensors, device: Devices, trainer: Trainer
 ) -> None:
@@ -116,9 +117,19 @@ def test_roles_left_out_take_the_aggregate(
     assert not np.array_equal(after.tensors[a], update.tensors[a])
 
 
+def test_every_role_that_a_method_trains_gets_momentum() -> None:
+    roles = set(ServerOptimizerConfig().roles)
+
+    assert all(set(sent) <= roles for facts in FACTS.values() for sent in facts.sent_roles)
+
+
+@pytest.mark.parametrize("name", NEW_EACH_ROUND)
+def test_factors_that_are_new_each_round_get_no_momentum(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} makes new .* use fedit, hetlora, legend"):
+        ServerOptimizer(build_method(name))
+
+
 def test_what_it_cannot_wrap_is_refused_with_a_way_out() -> None:
-    with pytest.raises(ValueError, match="use fedit, hetlora, legend or fedra"):
-        ServerOptimizer(build_method("flexlora"))
     with pytest.raises(ValueError, match=r"HeadStart\(ServerOptimizer\(method\)\)"):
         ServerOptimizer(HeadStart(build_method("fedit")))
 

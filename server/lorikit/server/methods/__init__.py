@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorikit.server.methods.base import Method
@@ -126,6 +126,7 @@ def build_method(
     if unknown:
         raise ValueError(
             f"{name} has no option {', '.join(unknown)}; it has: {', '.join(sorted(fields))}"
+            f"{_methods_with(unknown)}"
         )
     run = {"scale": scale, "min_rank": min_rank, "local_steps": local_steps}
     values: dict[str, object] = {
@@ -138,6 +139,16 @@ def build_method(
         raise ValueError(f"options of {name}: {error}") from error
     method: Method = METHODS[name](config)  # type: ignore[call-arg]  # every one takes its config
     return method
+
+
+def _methods_with(options: Sequence[str]) -> str:
+    """The methods that have all of those options, as the end of a sentence; empty without any."""
+    having = [
+        name
+        for name, config in CONFIGS.items()
+        if set(options) <= {field.name for field in dataclasses.fields(config)}
+    ]
+    return f"; methods that have it: {', '.join(having)}" if having else ""
 
 
 def _typed(method: str, field: dataclasses.Field[Any], value: object) -> object:

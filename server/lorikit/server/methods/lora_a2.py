@@ -220,6 +220,12 @@ class LoRAA2(RankPerDevice[LoRAA2Config]):
                 continue
             before = adapter[tensor.name].astype(np.float64)
             where = _at(tensor, chosen[a.module])
+            if sent[tensor.name].shape != before[where].shape:
+                raise ValueError(
+                    f"device {assignment.device_id} sent {tensor.name} of shape "
+                    f"{sent[tensor.name].shape}, it was given {before[where].shape}; a device may "
+                    "not drop ranks under lora-a2, use hetlora for that"
+                )
             changes[tensor.name] = np.zeros_like(before)
             changes[tensor.name][where] = sent[tensor.name] - before[where]
         return changes

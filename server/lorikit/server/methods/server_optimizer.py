@@ -48,7 +48,7 @@ class ServerOptimizerConfig:
     """FedAdam: decay of the squares; in [0, 1)."""
     tau: float = 1e-3
     """FedAdam: degree of adaptivity; above 0."""
-    roles: tuple[str, ...] = ("lora_A", "lora_B", "head")
+    roles: tuple[str, ...] = ("lora_A", "lora_B", "head", "bias", "norm")
     """Roles of the tensors that the optimiser moves; others take the aggregate."""
 
     def __post_init__(self) -> None:
