@@ -38,11 +38,22 @@ def error_metrics(values: npt.ArrayLike, decoded: npt.ArrayLike) -> ErrorMetrics
             f"cannot compare shape {original.shape} with shape {approximation.shape}"
         )
     error = (approximation - original).reshape(-1)
-    noise, signal = float(error @ error), float(np.square(original).sum())
+    signal, noise = float(np.square(original).sum()), float(error @ error)
+    return from_sums(signal, noise, float(np.abs(error).max(initial=0.0)))
+
+
+def from_sums(signal: float, noise: float, max_abs_error: float) -> ErrorMetrics:
+    """Errors of what was compared piece by piece.
+
+    Args:
+        signal: Sum of squares of the original.
+        noise: Sum of squared errors.
+        max_abs_error: Largest magnitude of an error.
+    """
     return ErrorMetrics(
         relative_mse=_ratio(noise, signal),
         sqnr_db=10 * math.log10(_ratio(signal, noise)) if signal and noise else _limit(noise),
-        max_abs_error=float(np.abs(error).max(initial=0.0)),
+        max_abs_error=max_abs_error,
     )
 
 

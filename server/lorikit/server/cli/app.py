@@ -15,6 +15,7 @@ from lorikit.server.cli.errors import explain
 from lorikit.server.cli.exit_codes import ExitCode
 from lorikit.server.cli.methods import methods
 from lorikit.server.cli.profile import profile
+from lorikit.server.cli.quantize import quantize
 from lorikit.server.cli.run import run_app
 from lorikit.server.cli.server import server
 from lorikit.server.cli.version import version
@@ -56,6 +57,7 @@ app.command("server")(server)
 app.command("device")(device)
 app.add_typer(run_app, name="run")
 app.command("profile")(profile)
+app.command("quantize")(quantize)
 app.command("methods")(methods)
 app.command("demo")(demo)
 app.command("version")(version)
