@@ -74,6 +74,8 @@ class CompiledParts:
         lowest_trained_layer: int,
         kept_layers: Sequence[int] | None = None,
         runtime: str = "onnx",
+        recomputed_layers: Sequence[int] = (),
+        kernels: str = "lean",
     ) -> CompiledPackage:
         assert (precision, lowest_trained_layer, kept_layers) == (PRECISION, 0, None)
         return self._train
@@ -101,6 +103,8 @@ class CompiledParts:
         micro_batch: int,
         length: int,
         baseline_bytes: int,
+        recomputed_layers: Sequence[int] = (),
+        kernels: str = "lean",
     ) -> int:
         return baseline_bytes + (100 << 20)
 

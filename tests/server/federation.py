@@ -100,6 +100,8 @@ class TinySource:
         lowest_trained_layer: int,
         kept_layers: Sequence[int] | None = None,
         runtime: str = "onnx",
+        recomputed_layers: Sequence[int] = (),
+        kernels: str = "lean",
     ) -> TinyPackage:
         kept = tuple(range(LAYERS)) if kept_layers is None else tuple(kept_layers)
         weights = self.blobs.put(precision.encode() * 1000)
@@ -177,6 +179,8 @@ class TinyChoice:
     micro_batch: int = 1
     predicted_peak_memory_bytes: int = 5 * MEBIBYTE
     runtime: str = "onnx"
+    recomputed_layers: tuple[int, ...] = ()
+    kernels: str = "lean"
 
 
 def export_npz(folder: Path, adapter: Tensors, rank: int) -> None:

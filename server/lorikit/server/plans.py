@@ -68,6 +68,16 @@ class Choice(Protocol):
         """Whose graph the device gets."""
         ...
 
+    @property
+    def recomputed_layers(self) -> tuple[int, ...]:
+        """Layers whose forward values are made again for the backward pass."""
+        ...
+
+    @property
+    def kernels(self) -> str:
+        """``lean`` or ``fast``."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpectedTensor:

@@ -93,6 +93,8 @@ class PackageSource(Protocol):
         lowest_trained_layer: int,
         kept_layers: Sequence[int] | None = None,
         runtime: str = "onnx",
+        recomputed_layers: Sequence[int] = (),
+        kernels: str = "lean",
     ) -> Package:
         """A verified, published package."""
         ...
@@ -436,6 +438,8 @@ class RoundWork:
             lowest_trained_layer=lowest,
             kept_layers=None if assignment.kept_layers == every_layer else assignment.kept_layers,
             runtime=choice.runtime,
+            recomputed_layers=choice.recomputed_layers,
+            kernels=choice.kernels,
         )
 
     def _broadcast(self, state: State, assignment: Assignment) -> BlobRef:

@@ -7,22 +7,31 @@ import pytest
 
 from lorikit.proto.device import EngineInfo, Profile
 from lorikit.server.methods.base import Assignment
-from lorikit.server.planner import DoesNotFitError, Planner
+from lorikit.server.planner import DoesNotFitError, MemoryCorrections, Planner
 
 MB = 1_000_000
-BASE = {"fp32": 80 * MB, "fp16": 40 * MB, "int8": 20 * MB, "nf4": 10 * MB}
+BASE = {"fp32": 80 * MB, "fp16": 40 * MB, "int8": 20 * MB, "int4": 12 * MB, "nf4": 10 * MB}
 
 
 class Model:
-    """Base, plus 1 MB a rank, 2 MB a trained layer, and 5 MB an example at 32 tokens."""
+    """Base, plus 1 MB a rank, 2 MB a trained layer, and 5 MB an example at 32 tokens.
+
+    With ``kept_mb``, an example at 32 tokens keeps that much more for each trained layer that is
+    not recomputed.
+    """
 
     layer_count = 4
+
+    def __init__(self, kept_mb=0):
+        self.kept_mb = kept_mb
+        self.asked = 0
 
     def base_bytes(self, precision):
         return BASE[precision]
 
     def flops_per_token(self, lowest_trained_layer, kept_layers):
-        return 10**6 * (2 * len(kept_layers) - lowest_trained_layer)
+        trained = sum(layer >= lowest_trained_layer for layer in kept_layers)
+        return 10**6 * (len(kept_layers) + trained)
 
     def predicted_peak_memory(
         self,
@@ -34,19 +43,25 @@ class Model:
         micro_batch,
         length,
         baseline_bytes,
+        recomputed_layers=(),
+        kernels="lean",
     ):
-        trained = sum(layer >= lowest_trained_layer for layer in kept_layers)
-        live = 5 * MB * micro_batch * length // 32
-        return baseline_bytes + BASE[precision] + rank * MB + 2 * trained * MB + live
+        self.asked += 1
+        trained = [layer for layer in kept_layers if layer >= lowest_trained_layer]
+        kept = self.kept_mb * len(set(trained) - set(recomputed_layers))
+        live = (5 + kept) * MB * micro_batch * length // 32
+        base = BASE[precision] * (2 if kernels == "fast" else 1)
+        return baseline_bytes + base + rank * MB + 2 * len(trained) * MB + live
 
 
-def planner(**changes):
+def planner(model=None, **changes):
     settings = {"batch_size": 32, "max_length": 32, "max_rank": 8, "safety": 1.0, **changes}
-    return Planner(Model(), **settings)
+    return Planner(model or Model(), **settings)
 
 
 def profile(limit, engine="onnx"):
     return Profile(
+        device_class="a class",
         memory_limit_bytes=limit * MB,
         memory_baseline_bytes=50 * MB,
         engines=(EngineInfo(name=engine, version="1"),),
@@ -60,7 +75,7 @@ def assignment(rank=4, trained=(0, 1, 2, 3)):
 
 
 @pytest.mark.parametrize(
-    ("limit", "precision"), [(110, "nf4"), (260, "int8"), (600, "fp16"), (2000, "fp32")]
+    ("limit", "precision"), [(126, "nf4"), (260, "int8"), (600, "fp16"), (2000, "fp32")]
 )
 def test_base_takes_at_most_its_share_of_the_budget(limit: int, precision: str) -> None:
     assert planner().choose(profile(limit), assignment()).precision == precision
@@ -68,7 +83,7 @@ def test_base_takes_at_most_its_share_of_the_budget(limit: int, precision: str) 
 
 def test_micro_batch_is_the_largest_that_fits() -> None:
     # 50 app + 10 base + 4 rank + 8 layers = 72 MB; 5 MB an example leave room for 4 in 95 MB.
-    choice = planner().choose(profile(95), assignment())
+    choice = planner(precisions=["nf4"]).choose(profile(95), assignment())
 
     assert choice.micro_batch == 4
     assert choice.predicted_peak_memory_bytes == (72 + 4 * 5) * MB
@@ -79,8 +94,8 @@ def test_micro_batch_stops_where_a_larger_one_is_no_faster() -> None:
 
 
 def test_less_depth_leaves_room_for_a_larger_micro_batch() -> None:
-    deep = planner().choose(profile(79), assignment())
-    shallow = planner().choose(profile(79), assignment(trained=(3,)))
+    deep = planner(precisions=["nf4"]).choose(profile(79), assignment())
+    shallow = planner(precisions=["nf4"]).choose(profile(79), assignment(trained=(3,)))
 
     assert (deep.micro_batch, shallow.micro_batch) == (1, 2)
 
@@ -104,3 +119,87 @@ def test_the_runtime_is_that_of_the_preferred_engine() -> None:
     choice = planner().choose(profile(500, engine="onnx-training"), assignment())
 
     assert choice.runtime == "onnx-training"
+
+
+def test_where_no_base_keeps_to_its_share_the_fastest_that_fits_wins() -> None:
+    # 50 app + 4 rank + 8 layers + 5 an example = 67 MB: 40 of fp16 fit in 110, 80 of fp32 do not.
+    choice = planner(batch_size=1).choose(profile(110), assignment())
+
+    assert choice.precision == "fp16"
+    assert "fp16 base (fp32 would need 37 MB more)" in choice.bound
+
+
+def test_only_as_many_layers_are_recomputed_as_the_limit_asks_for() -> None:
+    # One example of 32 tokens: 50 + 10 + 4 + 8 + 5 = 77 MB, and 6 MB for each layer that is kept.
+    tight = planner(Model(kept_mb=6), precisions=["nf4"], batch_size=1)
+
+    choices = [tight.choose(profile(limit), assignment()) for limit in (77, 83, 90, 101)]
+
+    assert [c.recomputed_layers for c in choices] == [(0, 1, 2, 3), (0, 1, 2), (0, 1), ()]
+    assert [c.predicted_peak_memory_bytes // MB for c in choices] == [77, 83, 89, 101]
+    seconds = [c.seconds_per_step for c in choices]
+    assert seconds == sorted(seconds, reverse=True)
+    assert choices[2].bound == "recomputing 2 of 4 layers (1 would need 5 MB more)"
+    assert choices[3].bound == ""
+
+
+def test_only_trained_layers_are_recomputed() -> None:
+    tight = planner(Model(kept_mb=6), precisions=["nf4"], batch_size=1)
+
+    choice = tight.choose(profile(50 + 10 + 4 + 4 + 5 + 6), assignment(trained=(2, 3)))
+
+    assert choice.recomputed_layers == (2,)
+
+
+def test_smaller_micro_batch_is_preferred_to_recomputation_where_it_costs_nothing() -> None:
+    # fp32 weights are read as they lie, so splitting a batch costs less than a second forward pass.
+    choice = planner(Model(kept_mb=6), precisions=["fp32"]).choose(
+        profile(50 + 80 + 4 + 8 + 2 * 29), assignment()
+    )
+
+    assert (choice.micro_batch, choice.recomputed_layers) == (2, ())
+    assert choice.bound == "micro-batch 2 (4 would need 58 MB more)"
+
+
+def test_fast_kernels_are_used_where_their_second_copy_fits() -> None:
+    lean, fast = (
+        planner(precisions=["int4"], batch_size=1).choose(profile(limit), assignment())
+        for limit in (79, 91)
+    )
+
+    # 50 + 12 + 4 + 8 + 5 = 79 MB, and 12 more for the second copy of the base.
+    assert (lean.kernels, fast.kernels) == ("lean", "fast")
+    assert fast.seconds_per_step < lean.seconds_per_step
+
+
+def test_depth_counts_the_recomputation_that_makes_it_fit() -> None:
+    device = planner(Model(kept_mb=6)).participant("d", profile(50 + 10 + 1 + 8 + 5), {})
+
+    assert device.max_depth == 4
+
+
+def test_what_a_class_reported_scales_its_plans() -> None:
+    learnt = MemoryCorrections()
+    for _ in range(20):
+        learnt.observe("a class", predicted_bytes=100 * MB, measured_bytes=120 * MB)
+
+    with_it = planner(precisions=["nf4"], batch_size=1, corrections=learnt)
+
+    # 77 MB by the model, 1.2 times that by experience.
+    assert with_it.choose(profile(100), assignment()).predicted_peak_memory_bytes == pytest.approx(
+        1.2 * 77 * MB, rel=0.01
+    )
+    with pytest.raises(DoesNotFitError):
+        with_it.choose(profile(90), assignment())
+
+
+def test_a_deep_model_is_asked_for_few_plans() -> None:
+    model = Model(kept_mb=6)
+    model.layer_count = 64
+    layers = tuple(range(64))
+    work = Assignment(device_id="d", ranks={"m": 4}, trained_layers=layers, kept_layers=layers)
+
+    planner(model, precisions=["nf4"], batch_size=1).choose(profile(400), work)
+
+    # One plan with all layers recomputed, and a search by halves: not 64.
+    assert model.asked < 12

@@ -20,7 +20,7 @@ from lorikit.proto.tensors import Float32, Tensors
 from lorikit.server.compile.export import export_forward
 from lorikit.server.compile.graph import Graph
 from lorikit.server.compile.insertion import AdapterConfig
-from lorikit.server.compile.memory import peak_memory
+from lorikit.server.compile.memory import GraphMemory
 from lorikit.server.compile.models import Model, load_model
 from lorikit.server.compile.onnx_format import to_onnx
 from lorikit.server.compile.package import (
@@ -45,7 +45,7 @@ from lorikit.server.compile.verify import (
 from lorikit.server.compile.weights import Base, KernelReport, frozen_weights, store_base
 from lorikit.server.errors import UnsupportedModelError, VerificationError
 from lorikit.server.methods.base import AdapterSpace
-from lorikit.server.planner.memory import process_peak
+from lorikit.server.planner.memory import Footprint, footprint
 from lorikit.server.store.blobs import FolderBlobs
 
 Progress = Callable[[str], None]
@@ -93,7 +93,7 @@ class Compiler:
         self._lock = threading.RLock()
         self._bases: dict[str, Base] = {}
         self._packages: dict[Variant, Package] = {}
-        self._graphs: dict[Variant, tuple[Graph, KernelReport]] = {}
+        self._memory: dict[Variant, GraphMemory] = {}
         self._sessions: dict[tuple[int, ...], onnxruntime.InferenceSession] = {}
         self._say(f"loading {self._folder.name}")
         self.adapter = adapter or AdapterConfig(targets=tuple(targets))
@@ -182,8 +182,36 @@ class Compiler:
         micro_batch: int,
         length: int,
         baseline_bytes: int,
+        recomputed_layers: Sequence[int] = (),
+        kernels: str = "lean",
     ) -> int:
-        """Predicted peak resident bytes of a device process that trains the variant.
+        """Predicted peak resident bytes of a device process; see ``footprint``."""
+        return self.footprint(
+            precision=precision,
+            lowest_trained_layer=lowest_trained_layer,
+            kept_layers=kept_layers,
+            rank=rank,
+            micro_batch=micro_batch,
+            length=length,
+            baseline_bytes=baseline_bytes,
+            recomputed_layers=recomputed_layers,
+            kernels=kernels,
+        ).total_bytes
+
+    def footprint(
+        self,
+        *,
+        precision: str,
+        lowest_trained_layer: int,
+        kept_layers: Sequence[int] | None,
+        rank: int,
+        micro_batch: int,
+        length: int,
+        baseline_bytes: int,
+        recomputed_layers: Sequence[int] = (),
+        kernels: str = "lean",
+    ) -> Footprint:
+        """Predicted peak of a device process that trains the variant, part by part.
 
         Args:
             precision: Of the base.
@@ -193,18 +221,28 @@ class Compiler:
             micro_batch: Examples per run of the graph.
             length: Tokens of the longest example.
             baseline_bytes: Resident memory of the app before training.
+            recomputed_layers: Layers whose forward values are made again for the backward pass.
+            kernels: ``lean`` or ``fast``.
         """
-        variant = self._variant(precision, lowest_trained_layer, kept_layers, "onnx")
-        with self._lock:
-            graph, _ = self._with_weights(variant)
+        variant = self._variant(
+            precision,
+            lowest_trained_layer,
+            kept_layers,
+            "onnx",
+            recomputed_layers=recomputed_layers,
+            kernels=kernels,
+        )
+        memory = self._memory_of(variant)
         sizes = {"batch": micro_batch, "length": length, "rank": rank}
-        return process_peak(
+        return footprint(
             baseline_bytes=baseline_bytes,
-            node_count=len(graph.nodes),
-            weight_bytes=_mapped_bytes(graph),
+            node_count=memory.node_count,
+            weight_bytes=memory.mapped_bytes,
+            packed_bytes=memory.packed_bytes,
             adapter_elements=self.adapter_elements(variant, rank),
             trained_elements=self.adapter_elements(variant, rank, trained=True),
-            live_bytes=peak_memory(graph, sizes).live_bytes,
+            arena_bytes=memory.arena_bytes(sizes),
+            workspace_bytes=memory.lifetimes.peak(sizes).workspace_bytes,
         )
 
     def adapter_elements(self, variant: Variant, rank: int, *, trained: bool = False) -> int:
@@ -303,11 +341,16 @@ class Compiler:
         return training_graph(self._forward, self._model, variant, trained)
 
     def _with_weights(self, variant: Variant) -> tuple[Graph, KernelReport]:
-        """The training graph of a variant, reading its base; kept for memory predictions."""
-        if variant not in self._graphs:
-            base = self._base(variant.precision)
-            self._graphs[variant] = with_base(self._train_graph(variant), base, variant)
-        return self._graphs[variant]
+        """The training graph of a variant, reading its base."""
+        base = self._base(variant.precision)
+        return with_base(self._train_graph(variant), base, variant)
+
+    def _memory_of(self, variant: Variant) -> GraphMemory:
+        """What the training graph of a variant needs; kept, while the graph itself is not."""
+        with self._lock:
+            if variant not in self._memory:
+                self._memory[variant] = GraphMemory(self._with_weights(variant)[0])
+            return self._memory[variant]
 
     def _build(self, variant: Variant) -> Package:
         self._say(
@@ -394,15 +437,6 @@ class Compiler:
                     str(path), options, providers=["CPUExecutionProvider"]
                 )
             return self._sessions[kept]
-
-
-def _mapped_bytes(graph: Graph) -> int:
-    """Bytes of blobs that a training run reads.
-
-    Tables count in full, although a step reads a few rows: words are spread over the table and the
-    system maps sixteen pages around each, so a few hundred of them touch nearly all of it.
-    """
-    return sum(place.length for place in graph.external.values())
 
 
 def _weights_digest(folder: Path) -> str:

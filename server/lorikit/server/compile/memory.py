@@ -155,6 +155,29 @@ class Lifetimes:
         return np.cumsum(change)[:count]
 
 
+class GraphMemory:
+    """What a training graph needs beside its inputs, for any sizes, without the graph itself."""
+
+    def __init__(self, graph: Graph) -> None:
+        """Note what predictions need.
+
+        Args:
+            graph: Training graph that reads its base.
+        """
+        self.lifetimes = Lifetimes(graph)
+        self.node_count = len(graph.nodes)
+        self.mapped_bytes = sum(place.length for place in graph.external.values())
+        """Bytes of blobs that a step reads. Tables count in full, although a step reads a few rows:
+        words are spread over the table, and the system maps sixteen pages around each one."""
+        packed = {n.inputs[1] for n in graph.nodes if n.op == "MatMulNBits"}
+        self.packed_bytes = sum(graph.constants[name].nbytes for name in packed)
+        """Bytes of codes that a kernel keeps a second, packed copy of."""
+
+    def arena_bytes(self, sizes: Mapping[str, int]) -> int:
+        """Bytes that the runtime's arena makes resident over steps of some sizes."""
+        return self.lifetimes.arena_bytes(sizes, sizes)
+
+
 class _Walk:
     """One pass over the nodes that finds the buffers and how long each lives.
 

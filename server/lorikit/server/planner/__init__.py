@@ -3,6 +3,15 @@
 
 from __future__ import annotations
 
+from lorikit.server.planner.corrections import MemoryCorrections
+from lorikit.server.planner.memory import Footprint
 from lorikit.server.planner.planner import Choice, DoesNotFitError, Planner, lowest_trained_layer
 
-__all__ = ["Choice", "DoesNotFitError", "Planner", "lowest_trained_layer"]
+__all__ = [
+    "Choice",
+    "DoesNotFitError",
+    "Footprint",
+    "MemoryCorrections",
+    "Planner",
+    "lowest_trained_layer",
+]

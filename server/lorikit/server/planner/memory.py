@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak resident memory of a device process, from what its graph needs.
+"""Peak resident memory of a device process, part by part.
 
-The constants were fitted to measured device processes (MiniLM; nf4, int8, fp16 and fp32;
-micro-batches of 1 to 8; 32 and 128 tokens; ranks 1 to 16; Linux x86-64, onnxruntime 1.31);
-``docs/memory.md`` has the comparison.
+The constants are of measured device processes (Linux x86-64, onnxruntime 1.31, 2 threads);
+``docs/memory.md`` has the comparison. Everything that depends on the model comes from its graph.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 RUNTIME_BYTES = 51_000_000
 """The runtime's library and heap, the tokeniser and a session without nodes."""
@@ -20,30 +21,74 @@ ADAPTER_COPIES = 3
 TRAINED_COPIES = 4
 """Copies of the trained part: gradient of the micro-batch, its sum, two moments."""
 
-ARENA_SHARE = 0.72
-"""Resident bytes per byte of live values: the runtime writes in place more often than the analysis
-assumes."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Where the peak of a device process goes, in bytes."""
+
+    app_bytes: int
+    """Resident before training: the app, interpreter and SDK."""
+    runtime_bytes: int
+    """The runtime's library and heap, and the session's nodes."""
+    mapped_bytes: int
+    """Weights in mapped files; the system may drop these pages and read them again."""
+    packed_bytes: int
+    """Second copies of weights that fast kernels keep; anonymous."""
+    adapter_bytes: int
+    """Adapter, gradients and optimiser."""
+    activation_bytes: int
+    """Values of a micro-batch in the runtime's arena, with what the arena wastes."""
+    workspace_bytes: int
+    """The part of the arena's peak that are weights de-quantised for one use."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Predicted peak of the process."""
+        return (
+            self.app_bytes
+            + self.runtime_bytes
+            + self.mapped_bytes
+            + self.packed_bytes
+            + self.adapter_bytes
+            + self.activation_bytes
+            + self.workspace_bytes
+        )
+
+    @property
+    def anonymous_bytes(self) -> int:
+        """The part of training that no file backs."""
+        return self.total_bytes - self.app_bytes - self.mapped_bytes
 
 
-def process_peak(
+def footprint(
     *,
     baseline_bytes: int,
     node_count: int,
     weight_bytes: int,
+    packed_bytes: int,
     adapter_elements: int,
     trained_elements: int,
-    live_bytes: int,
-) -> int:
-    """Predicted peak resident bytes: app, runtime, mapped weights, adapter, live values.
+    arena_bytes: int,
+    workspace_bytes: int,
+) -> Footprint:
+    """Predicted peak of a device process, part by part.
 
     Args:
         baseline_bytes: Resident memory of the app before the runtime is loaded.
         node_count: Nodes of the training graph.
         weight_bytes: Bytes of the blobs that a step reads.
+        packed_bytes: Bytes of second copies of weights.
         adapter_elements: Numbers in the adapter.
         trained_elements: Numbers in the part of it that trains.
-        live_bytes: Peak of the live values of one micro-batch.
+        arena_bytes: What the runtime's arena makes resident; see ``compile.arena``.
+        workspace_bytes: De-quantised weights at the peak, a part of ``arena_bytes``.
     """
-    runtime = RUNTIME_BYTES + NODE_BYTES * node_count
-    adapter = 4 * (ADAPTER_COPIES * adapter_elements + TRAINED_COPIES * trained_elements)
-    return int(baseline_bytes + runtime + weight_bytes + adapter + ARENA_SHARE * live_bytes)
+    return Footprint(
+        app_bytes=baseline_bytes,
+        runtime_bytes=RUNTIME_BYTES + NODE_BYTES * node_count,
+        mapped_bytes=weight_bytes,
+        packed_bytes=packed_bytes,
+        adapter_bytes=4 * (ADAPTER_COPIES * adapter_elements + TRAINED_COPIES * trained_elements),
+        activation_bytes=arena_bytes - workspace_bytes,
+        workspace_bytes=workspace_bytes,
+    )

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from lorikit.proto.device import Profile
 from lorikit.server.errors import LorikitError
 from lorikit.server.methods.base import Assignment, Participant
+from lorikit.server.planner.corrections import MemoryCorrections
+from lorikit.server.planner.speed import step_seconds
 
 MEBIBYTE = 1 << 20
+MEGABYTE = 1_000_000
 
 ENOUGH_TOKENS = 256
 """Tokens in a micro-batch beyond which a larger one is no faster on a CPU; measured on two
@@ -20,11 +23,8 @@ cores."""
 WEIGHTS_SHARE = 0.08
 """Share of a device's budget that the mapped base may take while a smaller format fits."""
 
-EFFICIENCY = 0.5
-"""Share of the measured matrix-product speed that a training step reaches."""
-
-DEFAULT_GFLOPS = 20.0
-"""Speed assumed of a device that reports none, GFLOP/s."""
+FAST_PRECISIONS = frozenset({"int4"})
+"""Precisions that have ``fast`` kernels, which hold a second copy of the weights."""
 
 
 class DoesNotFitError(LorikitError):
@@ -44,11 +44,16 @@ class Choice:
     precision: str
     micro_batch: int
     predicted_peak_memory_bytes: int
+    """With what was learnt of the device's class."""
     runtime: str
     recomputed_layers: tuple[int, ...] = ()
     """Layers whose forward values are made again for the backward pass."""
     kernels: str = "lean"
     """``lean`` or ``fast``; see ``compile.Variant``."""
+    seconds_per_step: float = 0.0
+    """Estimate for one optimiser step."""
+    bound: str = ""
+    """Which levers the memory limit pulled, in words; empty where the fastest plan fits."""
 
 
 class MemoryModel(Protocol):
@@ -66,6 +71,8 @@ class MemoryModel(Protocol):
         micro_batch: int,
         length: int,
         baseline_bytes: int,
+        recomputed_layers: Sequence[int] = (),
+        kernels: str = "lean",
     ) -> int:
         """Predicted peak resident bytes of a device process."""
         ...
@@ -79,8 +86,33 @@ class MemoryModel(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What has to fit on a device: an assignment as far as memory and time go."""
+
+    rank: int
+    lowest: int
+    kept: tuple[int, ...]
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Layers with a backward part, the lowest first."""
+        return tuple(layer for layer in self.kept if layer >= self.lowest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Candidate:
+    """One setting of the levers that are the planner's own."""
+
+    precision: str
+    kernels: str
+    micro_batch: int
+    recomputed: int = 0
+    """The lowest trained layers are recomputed first: each saves the same, the highest nothing."""
+
+
 class Planner:
-    """Turns profiles into limits for methods, and assignments into precision and micro-batch."""
+    """Turns profiles into limits for methods, and assignments into the fastest plan that fits."""
 
     def __init__(
         self,
@@ -91,6 +123,7 @@ class Planner:
         max_length: int,
         max_rank: int,
         safety: float = 0.95,
+        corrections: MemoryCorrections | None = None,
     ) -> None:
         """Args.
 
@@ -101,6 +134,7 @@ class Planner:
             max_length: Tokens of the longest example.
             max_rank: Rank of the global adapter.
             safety: Share of a device's memory limit that a plan may fill.
+            corrections: What earlier reports taught; predictions are scaled by it.
         """
         self._compiler = compiler
         self._precisions = tuple(precisions)
@@ -108,6 +142,8 @@ class Planner:
         self._max_length = max_length
         self._max_rank = max_rank
         self._safety = safety
+        self._corrections = corrections or MemoryCorrections()
+        self._known: dict[tuple[_Job, _Candidate, int], int] = {}
 
     def participant(
         self,
@@ -129,58 +165,140 @@ class Planner:
         """
         layers = self._compiler.layer_count
         everything = tuple(range(layers))
-        depths = [d for d in range(1, layers + 1) if self._fits(profile, 1, layers - d, everything)]
-        counts = [n for n in range(1, layers + 1) if self._fits(profile, 1, 0, everything[-n:])]
-        if not depths and not counts:
-            raise self._refusal(profile, 1, layers - 1, everything)
-        max_depth = max(depths, default=0)
-        max_rank = max(
-            (r for r in self._ranks() if self._fits(profile, r, layers - max_depth, everything)),
-            default=1,
-        )
+
+        def fits(rank: int, depth: int, kept: tuple[int, ...]) -> bool:
+            job = _Job(rank=rank, lowest=layers - depth, kept=kept)
+            return self._fits(profile, job)
+
+        max_depth = _largest(layers, lambda depth: fits(1, depth, everything))
+        max_layers = _largest(layers, lambda count: fits(1, layers, everything[-count:]))
+        if not max_depth and not max_layers:
+            raise self._refusal(profile, _Job(rank=1, lowest=layers - 1, kept=everything))
+        ranks = [*self._ranks()]
+        place = _largest(len(ranks), lambda n: fits(ranks[n - 1], max_depth, everything))
         return Participant(
             device_id=device_id,
             device_class=profile.device_class,
             memory_limit_bytes=profile.memory_limit_bytes,
-            max_rank=max_rank,
+            max_rank=ranks[max(place, 1) - 1],
             max_depth=max_depth,
-            max_layers=max(counts, default=0),
+            max_layers=max_layers,
             seconds_per_step=seconds_per_step or self._estimated_seconds(profile),
             local=local,
         )
 
     def choose(self, profile: Profile, assignment: Assignment) -> Choice:
-        """Precision and micro-batch for an assignment.
+        """The fastest plan for an assignment that fits.
 
-        The best precision whose base takes at most ``WEIGHTS_SHARE`` of the budget wins; where none
-        does, the smallest that fits. The micro-batch is the largest that fits, up to
-        ``ENOUGH_TOKENS``.
+        Precisions whose base takes at most ``WEIGHTS_SHARE`` of the limit come first; the others
+        only where none of these fits. Levers are precision, kernels, micro-batch (up to
+        ``ENOUGH_TOKENS``) and the number of recomputed layers.
 
         Raises:
             DoesNotFitError: The assignment fits in no precision.
         """
-        rank = max(assignment.ranks.values(), default=1)
-        lowest = lowest_trained_layer(assignment, self._compiler.layer_count)
-        for precision in self._by_preference(profile):
-            for micro_batch in self._micro_batches():
-                peak = self._peak(
-                    profile, precision, rank, lowest, assignment.kept_layers, micro_batch
-                )
-                if peak <= self._budget(profile):
-                    return Choice(
-                        precision=precision,
-                        micro_batch=micro_batch,
-                        predicted_peak_memory_bytes=peak,
-                        runtime=_runtime(profile),
-                    )
-        raise self._refusal(profile, rank, lowest, assignment.kept_layers)
+        job = _Job(
+            rank=max(assignment.ranks.values(), default=1),
+            lowest=lowest_trained_layer(assignment, self._compiler.layer_count),
+            kept=tuple(assignment.kept_layers),
+        )
+        for precisions in self._by_preference(profile):
+            found = self._fastest(profile, job, precisions)
+            if found is not None:
+                return self._choice(profile, job, found)
+        raise self._refusal(profile, job)
 
-    def _by_preference(self, profile: Profile) -> list[str]:
+    def _fastest(self, profile: Profile, job: _Job, precisions: Sequence[str]) -> _Candidate | None:
+        best: _Candidate | None = None
+        for family in sorted(
+            self._families(precisions), key=lambda c: self._seconds(profile, job, c)
+        ):
+            if best and self._seconds(profile, job, family) >= self._seconds(profile, job, best):
+                break
+            found = self._least_recomputed(profile, job, family)
+            if found is None:
+                continue
+            if best is None or self._seconds(profile, job, found) < self._seconds(
+                profile, job, best
+            ):
+                best = found
+        return best
+
+    def _families(self, precisions: Sequence[str]) -> Iterator[_Candidate]:
+        """Every setting without recomputation; those that are to win a tie first."""
+        for precision in precisions:
+            kernels = ("fast", "lean") if precision in FAST_PRECISIONS else ("lean",)
+            for kernel in kernels:
+                for micro_batch in self._micro_batches():
+                    yield _Candidate(precision=precision, kernels=kernel, micro_batch=micro_batch)
+
+    def _least_recomputed(
+        self, profile: Profile, job: _Job, family: _Candidate
+    ) -> _Candidate | None:
+        """The member of a family that fits with the fewest recomputed layers."""
+        layers = len(job.trained)
+        if not self._is_allowed(profile, job, replace(family, recomputed=layers)):
+            return None
+        spared = _largest(
+            layers, lambda n: self._is_allowed(profile, job, replace(family, recomputed=layers - n))
+        )
+        return replace(family, recomputed=layers - spared)
+
+    def _choice(self, profile: Profile, job: _Job, chosen: _Candidate) -> Choice:
+        return Choice(
+            precision=chosen.precision,
+            micro_batch=chosen.micro_batch,
+            predicted_peak_memory_bytes=self._peak(profile, job, chosen),
+            runtime=_runtime(profile),
+            recomputed_layers=job.trained[: chosen.recomputed],
+            kernels=chosen.kernels,
+            seconds_per_step=self._seconds(profile, job, chosen),
+            bound=self._bound(profile, job, chosen),
+        )
+
+    def _bound(self, profile: Profile, job: _Job, chosen: _Candidate) -> str:
+        """Each lever that stands lower than it could, and by how much the next setting misses."""
+        reasons = []
+        if chosen.recomputed:
+            step = replace(chosen, recomputed=chosen.recomputed - 1)
+            excess = self._excess(profile, job, step)
+            reasons.append(
+                f"recomputing {chosen.recomputed} of {len(job.trained)} layers "
+                f"({step.recomputed} would need {excess})"
+            )
+        largest = next(self._micro_batches())
+        if chosen.micro_batch < largest:
+            wider = replace(chosen, micro_batch=min(2 * chosen.micro_batch, largest))
+            if not self._is_allowed(profile, job, wider):
+                excess = self._excess(profile, job, wider)
+                reasons.append(
+                    f"micro-batch {chosen.micro_batch} ({wider.micro_batch} would need {excess})"
+                )
+        reasons.extend(self._faster_bases(profile, job, chosen))
+        return "; ".join(reasons)
+
+    def _faster_bases(self, profile: Profile, job: _Job, chosen: _Candidate) -> Iterator[str]:
+        own = self._seconds(profile, job, chosen)
+        for precision in self._precisions:
+            other = replace(chosen, precision=precision, kernels="lean")
+            if precision == chosen.precision or self._seconds(profile, job, other) >= own:
+                continue
+            if not self._is_allowed(profile, job, other):
+                excess = self._excess(profile, job, other)
+                yield f"{chosen.precision} base ({precision} would need {excess})"
+            elif self._compiler.base_bytes(precision) > profile.memory_limit_bytes * WEIGHTS_SHARE:
+                share = f"{WEIGHTS_SHARE:.0%} of the limit"
+                yield f"{chosen.precision} base (the {precision} base takes more than {share})"
+
+    def _excess(self, profile: Profile, job: _Job, candidate: _Candidate) -> str:
+        missing = self._peak(profile, job, candidate) - self._budget(profile)
+        return f"{max(missing, 0) / MEGABYTE:.0f} MB more"
+
+    def _by_preference(self, profile: Profile) -> Iterator[list[str]]:
         allowed = profile.memory_limit_bytes * WEIGHTS_SHARE
-        size = self._compiler.base_bytes
-        light = [p for p in self._precisions if size(p) <= allowed]
-        heavy = sorted((p for p in self._precisions if p not in light), key=size)
-        return [*light, *heavy]
+        light = [p for p in self._precisions if self._compiler.base_bytes(p) <= allowed]
+        yield light
+        yield [p for p in self._precisions if p not in light]
 
     def _micro_batches(self) -> Iterator[int]:
         micro_batch = min(self._batch_size, max(1, -(-ENOUGH_TOKENS // self._max_length)))
@@ -199,56 +317,68 @@ class Planner:
     def _budget(self, profile: Profile) -> int:
         return int(profile.memory_limit_bytes * self._safety)
 
-    def _fits(self, profile: Profile, rank: int, lowest: int, kept: Sequence[int]) -> bool:
-        budget = self._budget(profile)
-        return any(
-            self._peak(profile, precision, rank, lowest, kept, 1) <= budget
-            for precision in self._precisions
+    def _is_allowed(self, profile: Profile, job: _Job, candidate: _Candidate) -> bool:
+        return self._peak(profile, job, candidate) <= self._budget(profile)
+
+    def _fits(self, profile: Profile, job: _Job) -> bool:
+        """Whether the leanest plan of any precision fits."""
+        by_size = sorted(self._precisions, key=self._compiler.base_bytes)
+        return any(self._is_allowed(profile, job, self._leanest(job, p)) for p in by_size)
+
+    def _leanest(self, job: _Job, precision: str) -> _Candidate:
+        return _Candidate(
+            precision=precision, kernels="lean", micro_batch=1, recomputed=len(job.trained)
         )
 
     def _peak(
-        self,
-        profile: Profile,
-        precision: str,
-        rank: int,
-        lowest: int,
-        kept: Sequence[int],
-        micro_batch: int,
+        self, profile: Profile, job: _Job, candidate: _Candidate, length: int | None = None
     ) -> int:
-        return self._compiler.predicted_peak_memory(
-            precision=precision,
-            lowest_trained_layer=lowest,
-            kept_layers=tuple(kept),
-            rank=rank,
-            micro_batch=micro_batch,
+        """Predicted peak with the correction of the device's class; the app's share has none."""
+        length = length or self._max_length
+        key = (job, candidate, length)
+        if key not in self._known:
+            self._known[key] = self._compiler.predicted_peak_memory(
+                precision=candidate.precision,
+                lowest_trained_layer=job.lowest,
+                kept_layers=job.kept,
+                rank=job.rank,
+                micro_batch=candidate.micro_batch,
+                length=length,
+                baseline_bytes=0,
+                recomputed_layers=job.trained[: candidate.recomputed],
+                kernels=candidate.kernels,
+            )
+        peak = profile.memory_baseline_bytes + self._known[key]
+        return int(peak * self._corrections.factor(profile.device_class))
+
+    def _seconds(self, profile: Profile, job: _Job, candidate: _Candidate) -> float:
+        return step_seconds(
+            self._compiler,
+            precision=candidate.precision,
+            kernels=candidate.kernels,
+            lowest_trained_layer=job.lowest,
+            kept_layers=job.kept,
+            recomputed_layers=job.trained[: candidate.recomputed],
+            batch_size=self._batch_size,
+            micro_batch=candidate.micro_batch,
             length=self._max_length,
-            baseline_bytes=profile.memory_baseline_bytes,
+            speed_gflops=profile.speed_gflops,
         )
 
-    def _refusal(
-        self, profile: Profile, rank: int, lowest: int, kept: Sequence[int]
-    ) -> DoesNotFitError:
-        peaks = {p: self._peak(profile, p, rank, lowest, kept, 1) for p in self._precisions}
+    def _refusal(self, profile: Profile, job: _Job) -> DoesNotFitError:
+        peaks = {p: self._peak(profile, job, self._leanest(job, p)) for p in self._precisions}
         smallest = min(peaks, key=lambda precision: peaks[precision])
         need = peaks[smallest]
         limit = profile.memory_limit_bytes
         reason = (
-            f"The smallest plan ({smallest}, rank {rank}, {len(kept)} layers, trained from layer "
-            f"{lowest}, micro-batch 1 x {self._max_length} tokens) needs "
+            f"The smallest plan ({smallest}, rank {job.rank}, {len(job.kept)} layers, trained from "
+            f"layer {job.lowest}, micro-batch 1 x {self._max_length} tokens) needs "
             f"{need / MEBIBYTE:.0f} MiB; the device allows {limit / MEBIBYTE:.0f} MiB."
         )
         remedy = f"Allow the app {need / self._safety / MEBIBYTE:.0f} MiB"
         shorter = self._max_length // 2
         while shorter >= 8:
-            peak = self._compiler.predicted_peak_memory(
-                precision=smallest,
-                lowest_trained_layer=lowest,
-                kept_layers=tuple(kept),
-                rank=rank,
-                micro_batch=1,
-                length=shorter,
-                baseline_bytes=profile.memory_baseline_bytes,
-            )
+            peak = self._peak(profile, job, self._leanest(job, smallest), shorter)
             if peak <= self._budget(profile):
                 remedy = f"Set max_length to {shorter}, or allow" + remedy.removeprefix("Allow")
                 break
@@ -256,15 +386,32 @@ class Planner:
         return DoesNotFitError(reason, remedy + ".")
 
     def _estimated_seconds(self, profile: Profile) -> float:
-        speed = (profile.speed_gflops or DEFAULT_GFLOPS) * 1e9 * EFFICIENCY
-        layers = tuple(range(self._compiler.layer_count))
-        flops = self._compiler.flops_per_token(0, layers) * self._batch_size * self._max_length
-        return flops / speed
+        """Of a step over all layers with the best base, as methods compare devices by it."""
+        everything = tuple(range(self._compiler.layer_count))
+        job = _Job(rank=self._max_rank, lowest=0, kept=everything)
+        best = _Candidate(
+            precision=self._precisions[0],
+            kernels="lean",
+            micro_batch=next(self._micro_batches()),
+        )
+        return self._seconds(profile, job, best)
 
 
 def lowest_trained_layer(assignment: Assignment, layer_count: int) -> int:
     """Layer at which backward stops; ``layer_count`` when only the head trains."""
     return min(assignment.trained_layers, default=layer_count)
+
+
+def _largest(count: int, holds: Callable[[int], bool]) -> int:
+    """The largest of 1..count for which a condition holds that only smaller ones meet; or 0."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _runtime(profile: Profile) -> str:
