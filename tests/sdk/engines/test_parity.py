@@ -13,6 +13,7 @@ from tests.sdk.engines.tiny_package import build_tiny_package, tokenizer_json
 
 from lorikit.proto.manifest import Manifest, Task
 from lorikit.proto.tensors import Tensors
+from lorikit.sdk.engines import open_engine
 from lorikit.sdk.engines._probe import Probe, parse_probe
 from lorikit.sdk.engines.base import Batch, Gradients
 
@@ -115,6 +116,7 @@ def _placed(compiled: Compiled, tmp_path: Path, **variant: object) -> tuple[Mani
         ("nf4", 0, (0, 1, 2)),
         ("nf4", 2, (0, 2)),
         ("nf4", 3, (0, 1, 2)),
+        ("int4", 1, (0, 1, 2)),
     ],
 )
 def test_compiled_package_gives_the_gradients_of_torch_and_peft(
@@ -128,8 +130,26 @@ def test_compiled_package_gives_the_gradients_of_torch_and_peft(
     manifest, probe = _placed(
         compiled, tmp_path, precision=precision, lowest=lowest, kept=kept, runtime=place.engine
     )
+    if place.variable == "LORIKIT_OLDEST_PYTHON" and precision == "int4":
+        pytest.skip("onnxruntime reads four-bit codes from 1.22 on")
     result = place.gradients(tmp_path, manifest, probe.adapter, probe.batch)
     _check(result, Gradients(probe.loss, result.correct, probe.gradients))
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int4"])
+def test_forward_graph_gives_the_loss_of_the_training_graph(
+    place: Place, compiled: Compiled, tmp_path: Path, precision: str
+) -> None:
+    if place.variable:
+        pytest.skip("runs in this interpreter alone")
+    manifest, probe = _placed(
+        compiled, tmp_path, precision=precision, lowest=0, kept=(0, 1, 2), runtime=place.engine
+    )
+    engine = open_engine(place.engine, manifest, tmp_path, threads=1)
+    evaluation = engine.loss(probe.adapter, probe.batch, probe.inputs)
+    assert evaluation.loss == pytest.approx(probe.loss, rel=TOLERANCE)
+    trained = engine.gradients(probe.adapter, probe.batch, probe.inputs)
+    assert evaluation.correct == trained.correct
 
 
 @pytest.mark.parametrize(("rank", "lengths"), [(1, (17,)), (8, (3, 30, 11))])
