@@ -360,20 +360,6 @@ def test_lengths_of_symbolic_axes_are_read_from_inputs() -> None:
     np.testing.assert_allclose(run(graph, feeds)["a.grad"], [4.0, 4.0, 4.0])
 
 
-def test_nothing_flows_through_a_stopped_value() -> None:
-    graph = graph_of("Mul", {"a": (2,)}, (2,))
-    graph.nodes.insert(0, Node("Exp", ("a",), ("e",)))
-    graph.nodes[1].inputs = ("a", "e")
-    graph.shapes["e"] = (2,)
-    a = np.array([0.5, -1.0], np.float32)
-
-    add_gradients(graph, {"y": "dy"}, ["a"], stopped=["e"])
-
-    np.testing.assert_allclose(
-        run(graph, {"a": a, "dy": np.ones(2, np.float32)})["a.grad"], np.exp(a), rtol=1e-6
-    )
-
-
 def test_a_clipped_value_is_not_kept_for_its_gradient_but_a_mask_is() -> None:
     graph = graph_of("Relu", {"a": (2, 2)}, (2, 2))
 

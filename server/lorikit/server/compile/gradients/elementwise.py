@@ -235,6 +235,13 @@ def swish(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[
     return [like(graph, "Mul", dy, slope, like=x)]
 
 
+def dropout(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
+    """The same values are dropped from the gradient; the mask is made again."""
+    dx = like(graph, node.op, dy, like=dy)
+    graph.nodes[-1].attributes = dict(node.attributes)
+    return [dx]
+
+
 RULES: dict[str, Rule] = {
     "Abs": absolute,
     "Add": add,
@@ -246,6 +253,7 @@ RULES: dict[str, Rule] = {
     "HardSigmoid": hard_sigmoid,
     "HardSwish": hard_swish,
     "Log": logarithm,
+    "LoraDropout": dropout,
     "Mul": mul,
     "Neg": negate,
     "Pow": power,

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from lorikit.server.compile.gradients.parts import Rule, zeros
 from lorikit.server.compile.gradients.rules import RULES
-from lorikit.server.compile.graph import Graph, Node, Port, Shape
+from lorikit.server.compile.graph import Graph, Node, Port, Shape, dependents
 from lorikit.server.errors import UnsupportedModelError
 
 
@@ -18,8 +18,6 @@ def add_gradients(
     seeds: Mapping[str, str],
     trained: Sequence[str],
     rules: Mapping[str, Rule] | None = None,
-    *,
-    stopped: Collection[str] = (),
 ) -> None:
     """Append the backward pass and an output ``<name>.grad`` for each trained input.
 
@@ -31,14 +29,13 @@ def add_gradients(
         seeds: Gradient of the loss by value, for example ``{"logits": ...}``.
         trained: Inputs to differentiate with respect to.
         rules: Rule by operator; None for ``RULES``.
-        stopped: Values that count as constants, such as the norm of DoRA.
 
     Raises:
         UnsupportedModelError: An operator on the way has no rule; or a trained input has no effect
             on the loss.
     """
     forward = list(graph.nodes)
-    wanted = _reached(forward, trained, stopped)
+    wanted = dependents(graph, trained)
     collected = dict(seeds)
     for node in reversed(forward):
         if not any(name in collected and name in wanted for name in node.outputs):
@@ -65,15 +62,6 @@ def add_gradients(
         _leave(graph, value, f"{name}.grad", graph.shape(name), len(forward))
         # Two tensors may have the same gradient; the second one then copies the first one's.
         collected = {k: f"{name}.grad" if v == value else v for k, v in collected.items()}
-
-
-def _reached(nodes: Sequence[Node], trained: Sequence[str], stopped: Collection[str]) -> set[str]:
-    """Every value through which a trained tensor reaches on, themselves included."""
-    reached = set(trained)
-    for node in nodes:
-        if any(name in reached for name in node.inputs):
-            reached.update(name for name in node.outputs if name not in stopped)
-    return reached
 
 
 def _incoming(graph: Graph, node: Node, collected: dict[str, str]) -> str:
