@@ -11,14 +11,12 @@ import pytest
 
 from lorikit.proto.manifest import AdapterTensor
 from lorikit.proto.tensors import Tensors
-from lorikit.server.aggregate.product import thin_svd
-from lorikit.server.aggregate.split import split
 from lorikit.server.methods import build_method
 from lorikit.server.methods.base import AdapterSpace, Contribution, Method, Participant, State
 from lorikit.server.methods.base_delta import delta_tensors, with_deltas
 from lorikit.server.methods.fedex_lora import FedExLoRA, FedExLoRAConfig
 from lorikit.server.methods.flora import FLoRA, FLoRAConfig
-from lorikit.server.methods.frlora import FRLoRA, FRLoRAConfig
+from lorikit.server.methods.frlora import FRLoRA, FRLoRAConfig, principal_start
 
 Devices = Callable[..., Participant]
 Trainer = Callable[..., Contribution]
@@ -284,11 +282,36 @@ def test_bad_options_are_refused(config: Callable[..., object], options: dict[st
         config(**options)
 
 
-def test_frlora_is_given_principal_parts_by_hand() -> None:
+def test_principal_parts_by_hand(spaces: Callable[..., AdapterSpace]) -> None:
     """W0 = diag(8, 2): rank 1 at s = 2 is B0 A0 = diag(4, 0), split as 2 and 2."""
-    thin = thin_svd(np.diag([8.0, 2.0]), np.eye(2))
+    space = spaces("frlora", layer_count=1, max_rank=1)
+    a, b = space.pairs()[0]
+    weight = np.zeros((9, 5), np.float32)
+    weight[0, 0], weight[1, 1] = 8, 2
 
-    a, b = split(thin, 1, scale=2.0, mode="sqrt")
+    start = principal_start(
+        space, {one.module: weight if one is a else weight.T for one, _ in space.pairs()}, scale=2.0
+    )
 
-    np.testing.assert_allclose(a, [[2.0, 0.0]])
-    np.testing.assert_allclose(b, [[2.0], [0.0]])
+    np.testing.assert_allclose(start[a.name], [[2, 0, 0, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(start[b.name][:, 0], [2, *[0] * 8], atol=1e-6)
+
+
+def test_frlora_starts_from_a_model_without_its_principal_part(
+    spaces: Callable[..., AdapterSpace], initials: Callable[..., Tensors]
+) -> None:
+    """W0 + D holds the singular values of W0 beyond the rank, and none of the first ones."""
+    space = spaces("frlora", max_rank=2)
+    rng = np.random.default_rng(0)
+    weights = {
+        a.module: rng.normal(size=(int(b.shape[0]), int(a.shape[1]))).astype(np.float32)
+        for a, b in space.pairs()
+    }
+
+    state = FRLoRA().start(space, {**initials(space), **principal_start(space, weights, scale=S)})
+
+    for a, b in space.pairs():
+        left = weights[a.module] + delta_of(state, a, b)
+        values = np.linalg.svd(weights[a.module], compute_uv=False)
+        got = np.linalg.svd(left, compute_uv=False)
+        np.testing.assert_allclose(got, [*values[2:], 0, 0], atol=1e-5)

@@ -64,6 +64,8 @@ class MethodFacts:
     """Roles of the tensors sent, round by round, starting over after the last."""
     needs: tuple[str, ...] = ()
     """Roles that the model's adapter tensors must have beside LoRA and head."""
+    start: Literal["random", "principal"] = "random"
+    """Start values of LoRA: A random and B zero, or the principal part of the frozen weight."""
 
     def roles(self) -> tuple[str, ...]:
         """Every role that the method trains or reads, sorted."""

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from lorikit.proto.tensors import Tensors
+import numpy as np
+
+from lorikit.proto.tensors import Float32, Tensors
+from lorikit.server.aggregate.product import Thin
+from lorikit.server.aggregate.split import split
 from lorikit.server.methods.adapters import (
     Weighting,
     adapter_of,
@@ -78,6 +82,7 @@ class FRLoRA(SameWork[FRLoRAConfig]):
         download="sum_m (r + R) (d_in + d_out) + h, R the rank of the base delta",
         source="https://openreview.net/forum?id=e0rQRMUhs7",
         needs=DELTA_ROLES,
+        start="principal",
     )
 
     def __init__(self, config: FRLoRAConfig | None = None) -> None:
@@ -89,8 +94,7 @@ class FRLoRA(SameWork[FRLoRAConfig]):
 
         Args:
             space: The model's adapter tensors.
-            initial: A0 and B0 of every module, ``s B0 A0`` the best approximation of W0 at the
-                run's largest rank, ordered by singular value; and the head.
+            initial: A0 and B0 of every module as ``principal_start`` makes them, and the head.
 
         Raises:
             ValueError: B is 0, so that these are not principal parts; or ``delta_rank`` is below
@@ -153,3 +157,27 @@ class FRLoRA(SameWork[FRLoRAConfig]):
         if rank is None:
             return adapter
         return merged_adapter(space, adapter, rank, scale=self.config.scale)
+
+
+def principal_start(
+    space: AdapterSpace, weights: Mapping[str, Float32], *, scale: float
+) -> Tensors:
+    """A0 and B0 of every module: what ``FRLoRA.start`` wants of its ``initial``.
+
+    Args:
+        space: The model's adapter tensors.
+        weights: Frozen weight by LoRA module, [d_out, d_in]; of a quantised base, as it computes.
+        scale: LoRA scale s.
+
+    Returns:
+        LoRA tensors at the run's largest rank, ``s B0 A0`` the best approximation of the weight,
+        ranks ordered by singular value.
+    """
+    pairs: Tensors = {}
+    for a, b in space.pairs():
+        left, values, right = np.linalg.svd(
+            weights[a.module].astype(np.float64), full_matrices=False
+        )
+        thin = Thin(left, values, right)
+        pairs[a.name], pairs[b.name] = split(thin, space.max_rank, scale=scale, mode="sqrt")
+    return pairs
