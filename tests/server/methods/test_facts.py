@@ -14,7 +14,7 @@ from tests.server.federation import TinyChoice, profile, run_config
 from lorikit.proto.tensors import Tensors
 from lorikit.server.methods import FACTS, METHODS, build_method
 from lorikit.server.methods.base import AdapterSpace, Assignment, Contribution, Participant, State
-from lorikit.server.methods.facts import ALTERNATIVES, MethodFacts
+from lorikit.server.methods.facts import ALTERNATIVES, Difference, MethodFacts
 from lorikit.server.plans import build_plan, expected_update
 
 Devices = Callable[..., Participant]
@@ -172,16 +172,39 @@ def test_an_update_of_another_rank_is_refused_with_methods_that_take_it(
         method.aggregate(state, space, [short])
 
 
-def test_an_update_of_another_depth_is_refused_with_a_method_that_takes_it(
-    space: AdapterSpace, initial: Tensors, device: Devices, trainer: Trainer
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("difference", "changes", "sentence"),
+    [
+        ("depths", {"trained_layers": (3,)}, "device b trained 1 layers, a 4; use legend"),
+        (
+            "layers",
+            {"trained_layers": (3,), "kept_layers": (3,)},
+            r"device b held the layers \(3,\), a \(0, 1, 2, 3\); use fedra",
+        ),
+    ],
+)
+def test_an_update_that_differs_is_refused_with_a_method_that_takes_it(
+    name: str,
+    difference: Difference,
+    changes: dict[str, tuple[int, ...]],
+    sentence: str,
+    space: AdapterSpace,
+    initial: Tensors,
+    device: Devices,
+    trainer: Trainer,
 ) -> None:
-    method = build_method("fedit")
+    method = build_method(name)
     state = method.start(space, initial)
-    work = method.assign(state, space, 0, [device("a"), device("b")], np.random.default_rng(0))
-    shallow = replace(work[1], trained_layers=(3,))
-    updates = [trainer(method, state, space, a) for a in (work[0], shallow)]
+    one, other = method.assign(
+        state, space, 0, [device("a"), device("b")], np.random.default_rng(0)
+    )
+    updates = [trainer(method, state, space, w) for w in (one, replace(other, **changes))]  # type: ignore[arg-type]  # layers
 
-    with pytest.raises(ValueError, match=r"device b trained 1 layers, others 4; use legend"):
+    if FACTS[name].takes(difference):
+        method.aggregate(state, space, updates)
+        return
+    with pytest.raises(ValueError, match=sentence):
         method.aggregate(state, space, updates)
 
 

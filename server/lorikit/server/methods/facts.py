@@ -130,24 +130,23 @@ class MethodFacts:
     def alike(
         self, contributions: Iterable[Contribution], adapter: Tensors
     ) -> Iterator[Contribution]:
-        """The contributions one by one, each checked to be of the adapter's ranks and one depth.
+        """The contributions one by one, each checked to differ only in what the method accepts.
 
         Raises:
-            ValueError: One differs in a way that the method does not accept.
+            ValueError: One differs from the adapter or from the first in another way.
         """
-        depth: int | None = None
+        first: Contribution | None = None
         for contribution in contributions:
-            who = f"device {contribution.device_id}"
-            for name, values in contribution.tensors.items():
-                if name in adapter and values.shape != adapter[name].shape:
-                    shapes = f"{who} sent {name} of shape {values.shape}, not {adapter[name].shape}"
-                    raise ValueError(self.refusal("ranks", shapes))
-            layers = len(contribution.assignment.trained_layers)
-            depth = layers if depth is None else depth
-            if layers != depth:
-                found = f"{who} trained {layers} layers, others {depth}"
-                raise ValueError(self.refusal("depths", found))
+            first = contribution if first is None else first
+            for difference, found in _differences(contribution, first, adapter):
+                if not self.takes(difference):
+                    found = f"device {contribution.device_id} {found}"
+                    raise ValueError(self.refusal(difference, found))
             yield contribution
+
+    def takes(self, difference: Difference) -> bool:
+        """Whether the method accepts a difference; other layers mean another depth, too."""
+        return difference in self.accepts or (difference == "depths" and "layers" in self.accepts)
 
     def unmet(
         self, cohort: Sequence[Participant], *, rank: int, depth: int, layers: int
@@ -173,13 +172,28 @@ class MethodFacts:
             ("ranks", device.max_rank, rank),
         )
         for difference, fits, wanted in needs:
-            if fits < wanted and difference not in self.accepts:
+            if fits < wanted and not self.takes(difference):
                 unit = {"layers": "layers", "depths": "trained layers", "ranks": "ranks"}
                 found = (
                     f"device {device.device_id} fits {fits} {unit[difference]}, all get {wanted}"
                 )
                 return self.refusal(difference, found)
         return ""
+
+
+def _differences(
+    contribution: Contribution, first: Contribution, adapter: Tensors
+) -> Iterator[tuple[Difference, str]]:
+    """In what an update differs from the adapter and from the first one, and how, in words."""
+    for name, values in contribution.tensors.items():
+        if name in adapter and values.shape != adapter[name].shape:
+            yield "ranks", f"sent {name} of shape {values.shape}, not {adapter[name].shape}"
+    own, other = contribution.assignment, first.assignment
+    if own.kept_layers != other.kept_layers:
+        yield "layers", f"held the layers {own.kept_layers}, {first.device_id} {other.kept_layers}"
+    if own.trained_layers != other.trained_layers:
+        counts = len(own.trained_layers), len(other.trained_layers)
+        yield "depths", f"trained {counts[0]} layers, {first.device_id} {counts[1]}"
 
 
 def _bytes_of(tensors: Iterable[AdapterTensor], ranks: Mapping[str, int]) -> int:

@@ -158,7 +158,8 @@ class FedRA:
     ) -> State:
         """Per-layer mean over the holders; the head over all."""
         adapter = adapter_of(state, space)
-        means = mean_over_holders(adapter, space, contributions, self.config.weighting)
+        alike = self.facts.alike(contributions, adapter)
+        means = mean_over_holders(adapter, space, alike, self.config.weighting)
         return replace(state, tensors=means)
 
     def global_adapter(self, state: State, space: AdapterSpace, rank: int | None = None) -> Tensors:

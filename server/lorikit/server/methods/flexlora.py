@@ -86,7 +86,7 @@ class FlexLoRA(RankPerDevice[FlexLoRAConfig]):
         adapter = adapter_of(state, space)
         products = RoundProducts(space, adapter, self.config.weighting)
         devices = dict(state.devices)
-        for contribution in contributions:
+        for contribution in self.facts.alike(contributions, adapter):
             devices[contribution.device_id] = {"rank": float(products.add(contribution))}
         tensors = {**adapter, **products.rest()}
         means = products.means()

@@ -96,7 +96,7 @@ class FLoRA(RankPerDevice[FLoRAConfig]):
         adapter = adapter_of(state, space)
         products = RoundProducts(space, adapter, self.config.weighting)
         devices = dict(state.devices)
-        for contribution in contributions:
+        for contribution in self.facts.alike(contributions, adapter):
             devices[contribution.device_id] = {"rank": float(products.add(contribution))}
         changes = {
             module: [(1.0, thin.left * thin.values, thin.right)]

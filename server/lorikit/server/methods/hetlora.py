@@ -131,7 +131,7 @@ class HetLoRA(RankPerDevice[HetLoRAConfig]):
         adapter = adapter_of(state, space)
         sums = _Sums(adapter, space, self.config, self._norm_limit(state))
         devices = dict(state.devices)
-        for contribution in contributions:
+        for contribution in self.facts.alike(contributions, adapter):
             rank = sums.add(contribution)
             devices[contribution.device_id] = {"rank": float(rank)}
         scalars = {"median_norm": statistics.median(sums.norms)} if any(sums.norms) else {}

@@ -187,15 +187,15 @@ class Legend:
         self, state: State, space: AdapterSpace, contributions: Iterable[Contribution]
     ) -> State:
         """Per-layer mean over the holders; the head over all."""
+        adapter = adapter_of(state, space)
         devices = dict(state.devices)
 
         def noted() -> Iterable[Contribution]:
-            for contribution in contributions:
+            for contribution in self.facts.alike(contributions, adapter):
                 before = devices.get(contribution.device_id, {})
                 devices[contribution.device_id] = self._memory(before, space, contribution)
                 yield contribution
 
-        adapter = adapter_of(state, space)
         means = mean_over_holders(adapter, space, noted(), self.config.weighting)
         return replace(state, tensors=means, devices=devices)
 

@@ -149,7 +149,7 @@ class LoRAA2(RankPerDevice[LoRAA2Config]):
         sums: dict[str, Float64] = {}
         rest = HolderMean({name: adapter[name].shape for name in outside_pairs(space)})
         tensors, total = dict(state.tensors), 0.0
-        for contribution in contributions:
+        for contribution in self.facts.alike(contributions, adapter):
             weight = device_weight(contribution, self.config.weighting)
             total += weight
             sent = sent_tensors(space, contribution)
