@@ -30,7 +30,7 @@ OPERATOR = "LoraDropout"
 """Stands for the nodes of one mask until ``write_dropout``; it never leaves the compiler."""
 
 _BITS = 31
-_MASK = 2**_BITS - 1
+_MASK: int = 2**31 - 1
 
 _ROUNDS = ((0x2C1B3C6D, 12), (0x297A2D39, 15), (0x1B56C4E9, 13))
 """Odd multipliers below 2^31, each with the shift of the exclusive or that follows it.
@@ -156,7 +156,7 @@ def _row_keys(graph: Graph, x: str) -> str:
     size = graph.emit("Squeeze", total, graph.ints(0), shape=())
     zero, one = (graph.constant(n, np.int64) for n in (0, 1))
     numbers = _whole(graph, "Range", zero, size, one, shape=("rows",))
-    upper = _whole(graph, "Div", SEED, graph.constant(2**_BITS, np.int64))
+    upper = _whole(graph, "Div", SEED, graph.constant(_MASK + 1, np.int64))
     seed = _mixed(graph, _mixed(graph, upper, SEED), graph.constant(1, np.int64))
     key = _mixed(graph, numbers, seed)
     odd = _whole(graph, "BitwiseOr", key, one)
