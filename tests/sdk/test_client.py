@@ -305,9 +305,8 @@ def test_probabilities_are_those_of_the_reference(server: Federation, device: De
     with device.client() as client:
         ((label, chance),) = client.predict(["w3 w20"])
 
-    batch = dataclasses.replace(
-        server.tiny.batch((2,)), input_ids=np.array([[5, 22]], dtype=np.int64)
-    )
+    tokens = {"input_ids": np.array([[5, 22]]), "attention_mask": np.array([[1, 1]])}
+    batch = dataclasses.replace(server.tiny.batch((2,)), inputs=tokens)
     adapter = server.tiny.adapter()
     logits = server.tiny.features(adapter, batch) @ adapter[HEAD].T + adapter[BIAS]
     chances = np.exp(logits[0]) / np.exp(logits[0]).sum()
@@ -492,7 +491,7 @@ def test_adapter_of_another_model_is_refused(server: Federation, device: Device)
 
     device.run()
 
-    assert server.failures[0].error == "PackageError"
+    assert server.failures[0].error == "ForeignAdapterError"
     assert "has a tensor" in server.failures[0].message
 
 

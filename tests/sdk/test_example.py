@@ -31,7 +31,7 @@ def test_example_of_the_page_runs_as_it_stands(
     out = capsys.readouterr().out
     assert "step 12 of 12, loss" in out
     assert "round 1 done, peak memory" in out
-    assert re.search(r"\[\('(ask|book|cancel)', 0\.\d+\)\]", out)
+    assert re.search(r"\[Prediction\(label='(ask|book|cancel)', probability=0\.\d+\)\]", out)
     assert "'examples': 3.0" in out
 
 

@@ -45,6 +45,7 @@ from lorikit.sdk._events import (
     TaskStarted,
     Uploaded,
 )
+from lorikit.sdk._generation import Generation
 from lorikit.sdk._memory import MemoryUse, MemoryWatch, limit_memory, memory_use
 from lorikit.sdk._model import Prediction
 from lorikit.sdk._profile import profile
@@ -67,6 +68,7 @@ __all__ = [
     "Event",
     "Failed",
     "ForeignAdapterError",
+    "Generation",
     "GrpcTransport",
     "IdentityError",
     "InvalidGraphError",

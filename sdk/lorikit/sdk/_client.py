@@ -19,6 +19,7 @@ from lorikit.sdk._data import Image, Row
 from lorikit.sdk._errors import CancelledError, EngineUnavailableError
 from lorikit.sdk._events import Event, State
 from lorikit.sdk._feed import Feed
+from lorikit.sdk._generation import Generation, Sampling
 from lorikit.sdk._model import LocalModel, Prediction
 from lorikit.sdk._profile import profile
 from lorikit.sdk._session import Session, Stop
@@ -209,6 +210,72 @@ class Client:
             DataError: A row does not fit the task.
         """
         return self._model.evaluate(rows)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> list[Generation]:
+        """Continue texts with a causal language model and the newest adapter.
+
+        Works while training and without a connection. A prompt that fills the model's length is
+        refused; a text that reaches it ends there.
+
+        Args:
+            prompts: Texts to continue.
+            max_new_tokens: Most tokens to add to each.
+            temperature: Logits are divided by it; 0 takes the most probable token.
+            top_k: Draw only from so many of the most probable tokens; 0 for all.
+            top_p: Draw only from the most probable tokens that together reach it.
+            seed: Of the draws; the same arguments give the same texts.
+            stop: Texts that end the generation; they are not part of the result.
+
+        Raises:
+            PackageError: There is no adapter yet, or its model does not continue texts.
+            DataError: A prompt cannot be continued; names it.
+            ValueError: A number is out of range.
+        """
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=tuple(stop) if not isinstance(stop, str) else (stop,),
+        )
+        return self._model.generate(prompts, sampling)
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Like ``generate`` for one prompt, piece by piece as the text grows.
+
+        The pieces joined are the text that ``generate`` gives. Ending the iteration early ends
+        the work.
+        """
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=tuple(stop) if not isinstance(stop, str) else (stop,),
+        )
+        return self._model.stream(prompt, sampling)
 
     def close(self) -> None:
         """Stop, and let go of connection and store; harmless when repeated.

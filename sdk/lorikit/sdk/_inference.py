@@ -12,29 +12,25 @@ import numpy.typing as npt
 
 from lorikit.proto.manifest import Task
 from lorikit.proto.tensors import Tensors
-from lorikit.sdk._data import Dataset, Indices
+from lorikit.sdk._data import Dataset
 from lorikit.sdk._errors import CancelledError, NonFiniteError
 from lorikit.sdk.engines.base import Engine
 
 LANGUAGE_MODELING = ("masked-language-modeling", "causal-language-modeling")
-"""Tasks whose classes are the vocabulary, so that one example has many megabytes of logits."""
+"""Tasks whose classes are the vocabulary: one example already fills a batch."""
 
 _BATCH_SIZE = 4
-_ROWS = 64
-"""Rows whose probabilities are taken at once: copies in float64 stay small."""
 _LARGEST_EXPONENT = 700.0
 """exp of it is still a finite number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """What the model says of one example's labels."""
+    """What the model says where one example has labels."""
 
     example: int
     logits: npt.NDArray[np.float32]
     """[labels, classes]"""
-    labels: Indices
-    """[labels]"""
 
 
 def batch_size(task: Task, most: int = _BATCH_SIZE) -> int:
@@ -66,7 +62,7 @@ def labelled(
             found = logits[row].reshape(len(counts), -1)[counts]
             if not np.isfinite(found).all():
                 raise NonFiniteError("logits are not finite; the adapter or the package is broken")
-            yield Labelled(example, found, np.atleast_1d(batch.labels[row])[counts])
+            yield Labelled(example, found)
 
 
 def log_probabilities(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
@@ -110,21 +106,21 @@ def measure(
 
     Raises:
         CancelledError: ``cancelled`` turned true between two batches.
-        NonFiniteError: A logit is NaN or infinite.
+        NonFiniteError: The loss is NaN or infinite.
     """
-    loss, correct, count = 0.0, 0, 0
-    for found in labelled(
-        engine, data, adapter, inputs, batch_size=batch_size(task, most), cancelled=cancelled
-    ):
-        count += len(found.labels)
-        correct += int((found.logits.argmax(axis=1) == found.labels).sum())
-        for start in range(0, len(found.labels), _ROWS):
-            rows = slice(start, start + _ROWS)
-            chances = log_probabilities(found.logits[rows])
-            loss -= float(chances[np.arange(len(chances)), found.labels[rows]].sum())
-    if not count:
+    if not len(data):
         return {}
-    metrics = {"accuracy": correct / count, "loss": loss / count}
+    loss, correct = 0.0, 0.0
+    for _, batch in data.batches(batch_size(task, most)):
+        if cancelled():
+            raise CancelledError("cancelled while evaluating")
+        part = engine.loss(adapter, batch, inputs)
+        loss += part.loss
+        correct += part.correct
+    if not math.isfinite(loss):
+        raise NonFiniteError("the loss is not finite; the adapter or the package is broken")
+    count = int(data.counted(np.arange(len(data))).sum())
+    metrics = {"accuracy": correct / count, "loss": loss}
     if task.kind in LANGUAGE_MODELING:
-        metrics["perplexity"] = math.exp(min(loss / count, _LARGEST_EXPONENT))
+        metrics["perplexity"] = math.exp(min(loss, _LARGEST_EXPONENT))
     return metrics

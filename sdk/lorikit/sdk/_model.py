@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from lorikit.sdk._data import (
     read_dataset,
 )
 from lorikit.sdk._errors import DataError, PackageError
+from lorikit.sdk._generation import Author, Generation, Sampling
 from lorikit.sdk._inference import LANGUAGE_MODELING, batch_size, best, labelled, measure
 from lorikit.sdk._packages import read_adapter, read_manifest
 from lorikit.sdk._store import LastAdapter, Store
@@ -92,10 +94,48 @@ class LocalModel:
             metrics = measure(opened.engine, manifest.task, data, opened.adapter, last.inputs)
         return {**metrics, "examples": float(len(data))}
 
+    def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[Generation]:
+        """Continue texts.
+
+        Raises:
+            PackageError: There is no adapter yet, or its model does not continue texts.
+            DataError: A prompt cannot be continued; names it.
+        """
+        if not prompts:
+            return []
+        with self._author() as author:
+            return author.generate(prompts, sampling)
+
+    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
+        """Continue one text piece by piece; errors are those of ``generate``."""
+        with self._author() as author:
+            yield from author.stream(prompt, sampling)
+
     def close(self) -> None:
         """Give the engine's memory back; the next use opens it again."""
         with self._lock:
             self._close()
+
+    @contextlib.contextmanager
+    def _author(self) -> Iterator[Author]:
+        """Borrow what is open: no lock is held while an app takes its time over a stream."""
+        with self._lock:
+            opened = self._open()
+            self._opened = None
+        try:
+            yield Author(
+                engine=opened.engine,
+                manifest=opened.manifest,
+                adapter=opened.adapter,
+                inputs=opened.last.inputs,
+                reader=_reader(opened),
+            )
+        finally:
+            with self._lock:
+                if self._opened is None:
+                    self._opened = opened
+                else:
+                    opened.engine.close()
 
     def _open(self) -> _Opened:
         last = self._store.last_adapter()
@@ -134,14 +174,18 @@ def _to_predict(examples: Sequence[object], opened: _Opened) -> Dataset:
         )
     if task.kind == "image-classification" and manifest.image is not None:
         return ClassifiedImages.to_predict(examples, task, manifest.image)
-    if opened.tokenizer is None:
-        raise PackageError("the package has no tokeniser, so it cannot read text")
-    reader = TextReader(opened.tokenizer, manifest.text, opened.last.max_length)
+    reader = _reader(opened)
     if task.kind == "token-classification":
         return ClassifiedWords.to_predict(
             [_words(n, e) for n, e in enumerate(examples)], task, reader
         )
     return ClassifiedTexts.to_predict([_text(n, e) for n, e in enumerate(examples)], task, reader)
+
+
+def _reader(opened: _Opened) -> TextReader:
+    if opened.tokenizer is None:
+        raise PackageError("the package has no tokeniser, so it cannot read text")
+    return TextReader(opened.tokenizer, opened.manifest.text, opened.last.max_length)
 
 
 def _text(number: int, example: object) -> str:

@@ -11,16 +11,20 @@ prompt may be given in several parts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from lorikit.proto.manifest import CacheShape
+from lorikit.proto.tensors import Array
 from lorikit.server.compile.architectures import CAUSAL_LANGUAGE_MODELING, Architecture
 from lorikit.server.compile.export import to_graph
-from lorikit.server.compile.graph import Graph, Port, Shape
+from lorikit.server.compile.graph import Graph, Port, Shape, dependents
 from lorikit.server.compile.layers import keep_layers
 from lorikit.server.compile.models import Model, scaling
 from lorikit.server.compile.replicate import are_alike, replicate_last_layer
+from lorikit.server.compile.verify import Probe, open_session, relative_error, worst_error
 from lorikit.server.errors import UnsupportedModelError
 
 PARTS = ("key", "value")
@@ -112,7 +116,7 @@ def _exported(model: Model) -> Graph:
         [_internal(model.architecture, layer, time, part) for layer in layers for part in PARTS]
         for time in ("past", "new")
     ]
-    return to_graph(
+    graph = to_graph(
         model,
         _Decoder(model),
         (arrays, torch.tensor(2.0)),
@@ -120,6 +124,8 @@ def _exported(model: Model) -> Graph:
         output_names=["logits", *names[1]],
         dynamic_shapes={"arrays": dynamic, "lora_scale": None},
     )
+    _leave_layers(graph, model.architecture)
+    return graph
 
 
 class _Decoder(torch.nn.Module):
@@ -189,6 +195,15 @@ def _visible(past_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(allowed, torch.tensor(0.0), torch.tensor(lowest))
 
 
+def _leave_layers(graph: Graph, architecture: Architecture) -> None:
+    """Let what depends on places alone, and is computed once for all layers, belong to none."""
+    own = {name for node in graph.nodes for name in node.inputs if architecture.layer_of(name) >= 0}
+    inside = dependents(graph, {"input_ids", *own})
+    for node in graph.nodes:
+        if not inside.intersection(node.outputs):
+            node.scope = ""
+
+
 def _repeat_layers(graph: Graph, model: Model, count: int) -> None:
     """Repeat the second layer and its cache until the graph has ``count`` layers, in place."""
     architecture = model.architecture
@@ -220,3 +235,49 @@ def _rename(graph: Graph, names: Mapping[str, str]) -> None:
     graph.outputs = [Port(names.get(p.name, p.name), p.dtype, p.shape) for p in graph.outputs]
     shapes: dict[str, Shape] = {names.get(n, n): shape for n, shape in graph.shapes.items()}
     graph.shapes = shapes
+
+
+def check_decoding_graph(path: Path, probe: Probe) -> float:
+    """Read the probe's texts in two parts, and compare what follows them with torch's logits.
+
+    Args:
+        path: The graph, beside its weight blobs.
+        probe: What torch + PEFT gives for whole texts, padded on the right.
+
+    Raises:
+        VerificationError: A relative error above ``TOLERANCE`` or not finite.
+    """
+    session = open_session(path)
+    inputs, names = session.get_inputs(), [port.name for port in session.get_outputs()]
+    cache = {
+        port.name: np.zeros((0, len(probe.logits), *port.shape[2:]), np.float32)
+        for port in inputs
+        if port.name.startswith("past.")
+    }
+    fixed = {"lora_scale": np.asarray(probe.scale, np.float32), **probe.adapter}
+    ids, mask = _padded_left(probe)
+    middle = ids.shape[1] // 2
+    for start, end in ((0, middle), (middle, ids.shape[1])):
+        feeds = {
+            "input_ids": ids[:, start:end],
+            "attention_mask": mask[:, start:end],
+            "position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0)[:, start:end],
+            "past_mask": mask[:, :start],
+            **cache,
+            **fixed,
+        }
+        values = session.run(names, {port.name: feeds[port.name] for port in inputs})
+        results = dict(zip(names, values, strict=True))
+        for name, past in cache.items():
+            cache[name] = np.concatenate([past, results[name.replace("past", "new", 1)]])
+    last = probe.inputs["attention_mask"].sum(axis=1) - 1
+    expected = probe.logits[np.arange(len(last)), last]
+    return worst_error({"logits": relative_error(results["logits"], expected)})
+
+
+def _padded_left(probe: Probe) -> tuple[Array, Array]:
+    """Ids and mask of the probe with the padding in front."""
+    ids, mask = probe.inputs["input_ids"], probe.inputs["attention_mask"]
+    gaps = mask.shape[1] - mask.sum(axis=1, keepdims=True)
+    order = (np.arange(mask.shape[1]) - gaps) % mask.shape[1]
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(mask, order, 1)

@@ -147,18 +147,18 @@ def check_train_graph(path: Path, probe: Probe, python: Path | None = None) -> f
     for name, expected in probe.gradients.items():
         error = relative_error(results[f"{name}.grad"], expected, floor=floor)
         errors[f"gradient of {name}"] = error
-    return _worst(errors)
+    return worst_error(errors)
 
 
 def check_predict_graph(path: Path, probe: Probe) -> float:
     """Run the prediction graph on the probe and compare its logits with torch's."""
-    return _worst({"logits": relative_error(run_graph(path, probe)["logits"], probe.logits)})
+    return worst_error({"logits": relative_error(run_graph(path, probe)["logits"], probe.logits)})
 
 
 def check_evaluate_graph(path: Path, probe: Probe) -> float:
     """Run the evaluation graph on the probe and compare its loss with torch's."""
     loss = float(run_graph(path, probe)["loss"])
-    return _worst({"loss": abs(loss - probe.loss) / max(abs(probe.loss), 1e-12)})
+    return worst_error({"loss": abs(loss - probe.loss) / max(abs(probe.loss), 1e-12)})
 
 
 def run_graph(path: Path, probe: Probe, python: Path | None = None) -> Mapping[str, Float32]:
@@ -172,14 +172,19 @@ def run_graph(path: Path, probe: Probe, python: Path | None = None) -> Mapping[s
     }
     if python is not None:
         return _run_elsewhere(python, path, feeds)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     names = [output.name for output in session.get_outputs()]
     wanted = {port.name for port in session.get_inputs()}
     values = session.run(names, {name: v for name, v in feeds.items() if name in wanted})
     return dict(zip(names, values, strict=True))
+
+
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """A graph in this process's runtime, its nodes as they are."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _run_elsewhere(
@@ -209,7 +214,8 @@ def relative_error(value: Float32, expected: Float32, *, floor: float = 1e-12) -
     return float(np.linalg.norm(value - expected)) / max(scale, floor)
 
 
-def _worst(errors: Mapping[str, float]) -> float:
+def worst_error(errors: Mapping[str, float]) -> float:
+    """The largest of relative errors by name; ``VerificationError`` above ``TOLERANCE``."""
     what, error = max(errors.items(), key=lambda item: item[1])
     if not error <= TOLERANCE:
         raise VerificationError(
