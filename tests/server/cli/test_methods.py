@@ -46,7 +46,8 @@ def test_bytes_are_those_of_the_users_model(tiny_model: Path, capsys):
     assert fedit["bytes_up"] == fedit["bytes_down"] > even["bytes_up"]
     head = even["bytes_up"] + odd["bytes_up"] - fedit["bytes_up"]  # it is in both halves
     assert head == 4 * (3 * _width(tiny_model) + 3)
-    assert rows["fedbf"]["lacks_roles"] == ["bias"]
+    assert (rows["fedbf"]["lacks_roles"], rows["fedbf"]["rounds"]) == (["bias"], [])
+    assert rows["flora"]["rounds"][0]["bytes_down"] > fedit["bytes_down"]
 
 
 def test_the_table_of_a_model_shows_what_its_package_lacks(tiny_model: Path, capsys):

@@ -7,6 +7,7 @@ import pytest
 
 from lorikit.server.methods import FACTS
 from lorikit.server.methods.base import AdapterSpace
+from lorikit.server.methods.base_delta import with_deltas
 from lorikit.server.methods.costs import model_costs
 from lorikit.server.methods.facts import Cost
 
@@ -32,6 +33,8 @@ def test_base_deltas_count_at_their_largest_rank(space: AdapterSpace) -> None:
     [flora], [frlora] = costs["flora"].rounds, costs["frlora"].rounds
     assert flora.up == frlora.up == 4 * (6 * PAIRS + HEAD)
     assert flora.down == frlora.down == 4 * ((6 + 5) * PAIRS + HEAD)  # of 9 x 5 matrices
+    assert costs["flora"].lacks == ("delta_A", "delta_B")  # counted as if they were there
+    assert model_costs(with_deltas(space))["flora"].lacks == ()
     assert costs["lora-a2"].rounds[0].down == 4 * ((6 + 1) * PAIRS + HEAD)
 
 

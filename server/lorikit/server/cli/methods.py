@@ -124,8 +124,9 @@ def _needs(facts: MethodFacts) -> str:
 
 def _bytes(cost: ModelCost) -> tuple[str, str, str]:
     """Cells with bytes up and down, round by round where rounds take turns, and what is missing."""
-    if cost.lacks:
-        return "-", "-", ", ".join(cost.lacks)
+    lacks = ", ".join(cost.lacks)
+    if not cost.rounds:
+        return "-", "-", lacks
     up = dict.fromkeys(f"{c.up:,}" for c in cost.rounds)
     down = dict.fromkeys(f"{c.down:,}" for c in cost.rounds)
-    return " / ".join(up), " / ".join(down), ""
+    return " / ".join(up), " / ".join(down), lacks

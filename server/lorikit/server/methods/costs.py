@@ -21,26 +21,26 @@ class ModelCost:
 
     rounds: tuple[Cost, ...]
     """Costs of the rounds that take turns; one for most methods. Base deltas count at their largest
-    rank. Empty where the model lacks what the method needs."""
+    rank, as if the package had them. Empty where it lacks anything else."""
     lacks: tuple[str, ...] = ()
-    """Roles that the model's adapter tensors do not have and the method needs."""
+    """Roles that the package's adapter tensors do not have and the method needs."""
 
 
 def model_costs(space: AdapterSpace) -> dict[str, ModelCost]:
     """Cost of each method by name, with its default options.
 
     Args:
-        space: The model's adapter tensors; base deltas are added where a method needs them.
+        space: The adapter tensors of the model's package.
     """
     return {name: _model_cost(name, facts, space) for name, facts in FACTS.items()}
 
 
 def _model_cost(name: str, facts: MethodFacts, space: AdapterSpace) -> ModelCost:
-    if set(facts.needs) & set(DELTA_ROLES):
-        space = with_deltas(space)
     lacks = tuple(role for role in facts.roles() if not space.named(role))
-    if lacks:
+    if set(lacks) - set(DELTA_ROLES):
         return ModelCost(rounds=(), lacks=lacks)
+    if lacks:
+        space = with_deltas(space)
     deltas = _delta_ranks(name, space)
     costs = []
     for number in range(len(facts.sent_roles)):
@@ -56,7 +56,7 @@ def _model_cost(name: str, facts: MethodFacts, space: AdapterSpace) -> ModelCost
                 round_number=number,
             )
         )
-    return ModelCost(rounds=tuple(costs))
+    return ModelCost(rounds=tuple(costs), lacks=lacks)
 
 
 def _delta_ranks(name: str, space: AdapterSpace) -> dict[str, int]:
