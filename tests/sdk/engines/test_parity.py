@@ -62,19 +62,30 @@ SMALL_BERT = {
 }  # fmt: skip
 
 
-class Compiled:
-    """A small BERT of random weights in a Hugging Face folder, and packages of it."""
+SMALL_LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 120,
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 128, "max_position_embeddings": 48, "initializer_range": 0.1,
+}  # fmt: skip
+SMALL_VIT = {
+    "model_type": "vit", "architectures": ["ViTModel"], "hidden_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "intermediate_size": 128, "image_size": 32, "patch_size": 8,
+    "initializer_range": 0.1,
+}  # fmt: skip
 
-    def __init__(self, folder: Path) -> None:
+
+class Compiled:
+    """A small model of random weights in a Hugging Face folder, and packages of it."""
+
+    def __init__(self, folder: Path, model: dict, task: Task, targets: tuple[str, ...]) -> None:
         compile_ = pytest.importorskip("lorikit.server.compile", reason="needs lorikit[server]")
         from lorikit.server.store.blobs import FolderBlobs
 
         self.blobs = folder / "blobs"
-        model_folder = folder / "bert"
-        _write_bert(model_folder)
-        task = Task(kind="sequence-classification", labels=LABELS)
+        model_folder = folder / "model"
+        _write_model(model_folder, model)
         self.compiler = compile_.Compiler(
-            model_folder, task, targets=("query", "value", "dense"), blobs=FolderBlobs(self.blobs)
+            model_folder, task, targets=targets, blobs=FolderBlobs(self.blobs)
         )
 
     def manifest(
@@ -87,14 +98,28 @@ class Compiled:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    return Compiled(tmp_path_factory.mktemp("compiled"))
+    task = Task(kind="sequence-classification", labels=LABELS)
+    folder = tmp_path_factory.mktemp("bert")
+    return Compiled(folder, SMALL_BERT, task, ("query", "value", "dense"))
 
 
-def _write_bert(folder: Path) -> None:
+@pytest.fixture(scope="module", params=["llama", "vit"])
+def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "llama":
+        task = Task(kind="causal-language-modeling", labels=())
+        return Compiled(folder, SMALL_LLAMA, task, ("q_proj", "v_proj"))
+    task = Task(kind="image-classification", labels=LABELS)
+    return Compiled(folder, SMALL_VIT, task, ("q_proj", "v_proj"))
+
+
+def _write_model(folder: Path, model: dict) -> None:
     transformers = pytest.importorskip("transformers", reason="the reference model is torch's")
     torch = pytest.importorskip("torch", reason="the reference model is torch's")
     torch.manual_seed(7)
-    transformers.BertModel(transformers.BertConfig(**SMALL_BERT)).save_pretrained(folder)
+    (architecture,) = model["architectures"]
+    config = transformers.AutoConfig.for_model(**model)
+    getattr(transformers, architecture)(config).save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(tokenizer_json())
 
 
@@ -130,8 +155,19 @@ def test_compiled_package_gives_the_gradients_of_torch_and_peft(
     manifest, probe = _placed(
         compiled, tmp_path, precision=precision, lowest=lowest, kept=kept, runtime=place.engine
     )
-    if place.variable == "LORIKIT_OLDEST_PYTHON" and precision == "int4":
+    if place.variable and precision == "int4":
         pytest.skip("onnxruntime reads four-bit codes from 1.22 on")
+    result = place.gradients(tmp_path, manifest, probe.adapter, probe.batch)
+    _check(result, Gradients(probe.loss, result.correct, probe.gradients))
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_language_and_vision_models_give_the_gradients_of_torch_and_peft(
+    place: Place, other: Compiled, tmp_path: Path, precision: str
+) -> None:
+    manifest, probe = _placed(
+        other, tmp_path, precision=precision, lowest=0, kept=(0, 1), runtime="onnx"
+    )
     result = place.gradients(tmp_path, manifest, probe.adapter, probe.batch)
     _check(result, Gradients(probe.loss, result.correct, probe.gradients))
 

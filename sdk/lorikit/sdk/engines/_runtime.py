@@ -25,6 +25,9 @@ from lorikit.sdk._errors import (
 from lorikit.sdk.engines._onnx_file import check_places, read_model
 from lorikit.sdk.engines._package import PackageEngine, Session
 
+_STANDS_FOR = (1, 20)
+"""Release of stock onnxruntime whose operators the training build 1.19.2 has."""
+
 _OUT_OF_MEMORY = ("bad_alloc", "failed to allocate", "cannot allocate memory", "out of memory")
 _UNSUPPORTED = (
     "is not a registered function/op",
@@ -50,7 +53,7 @@ def open_package(manifest: Manifest, folder: Path, *, threads: int, runtime: str
     blobs = {blob.digest: blob.size for blob in manifest.weight_blobs}
 
     def open_graph(graph: Graph, path: Path) -> Session:
-        _check_release(graph)
+        _check_release(graph, runtime)
         check_places(read_model(path), blobs)
         return _OnnxSession(_open_session(path, threads, graph.prepack), graph.name)
 
@@ -74,9 +77,12 @@ class _OnnxSession:
         return results
 
 
-def _check_release(graph: Graph) -> None:
+def _check_release(graph: Graph, runtime: str) -> None:
     """Refuse a graph that names a newer runtime than this one, before it is opened."""
-    if _numbers(onnxruntime.__version__) < _numbers(graph.minimum_runtime):
+    needed = _numbers(graph.minimum_runtime)
+    if runtime == "onnx-training" and needed <= _STANDS_FOR:
+        return
+    if _numbers(onnxruntime.__version__) < needed:
         raise UnsupportedPackageError(
             f"graph {graph.name!r} needs onnxruntime {graph.minimum_runtime} or newer, here is "
             f"{onnxruntime.__version__}: pip install --upgrade onnxruntime"
@@ -116,8 +122,8 @@ def _options(threads: int) -> Any:  # noqa: ANN401  # onnxruntime has no types
       it folds de-quantised weights into constants.
     * Arena off: 126 here, but 707 against 275 at 8 x 128 tokens, and slower: glibc keeps what is
       freed. Arena growing by what is asked only: the same resident, 70 MB less reserved there.
-    * Planned reuse of buffers on: the same times, 2 to 10 MB more (one value in the place of another
-      keeps chunks of the arena apart), and opening a graph of 5,700 nodes with symbolic shapes
+    * Planned reuse of buffers on: the same times, 2 to 10 MB more (one value in the place of
+      another keeps chunks of the arena apart), and opening a graph of 5,700 nodes with symbolic shapes
       takes 10 s instead of 0.3 s. So every value is a buffer of its own, freed after its last use.
     * Spinning on: the same memory; steps 3 times slower where other processes want the cores.
     * Pre-packing: no difference for weights that are de-quantised, twice the memory for others;

@@ -11,8 +11,10 @@ Source:
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -100,23 +102,32 @@ def _dequantized_4bit(
     Returns:
         float32 in ``shape``, by bitsandbytes' kernel on CUDA and by a table elsewhere.
     """
-    if codes.is_cuda:
-        kernels = importlib.import_module("lorikit.sdk.engines._bitsandbytes")
+    kernels = _kernels() if codes.is_cuda else None
+    if kernels is not None:
         values: Tensor = kernels.dequantized(codes, absmax, shape, block=block, kind=kind)
         return values
-    pairs = _byte_pairs(kind).index_select(0, codes.reshape(-1).to(torch.int32)).reshape(-1)
+    pairs = _byte_pairs(kind, codes.device).index_select(0, codes.reshape(-1).to(torch.int32))
     count = torch.Size(shape).numel()
     if count % block:
-        return (pairs[:count] * absmax.repeat_interleave(block)[:count]).reshape(shape)
-    return (pairs.view(-1, block).mul_(absmax.reshape(-1, 1))).reshape(shape)
+        spread = absmax.repeat_interleave(block)[:count]
+        return (pairs.reshape(-1)[:count] * spread).reshape(shape)
+    return pairs.view(-1, block).mul_(absmax.reshape(-1, 1)).reshape(shape)
 
 
 @cache
-def _byte_pairs(kind: str) -> Tensor:
+def _kernels() -> ModuleType | None:
+    """Kernels of bitsandbytes, or None where it is not installed: the table then serves CUDA."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return None
+    return importlib.import_module("lorikit.sdk.engines._bitsandbytes")
+
+
+@cache
+def _byte_pairs(kind: str, device: torch.device) -> Tensor:
     """The two values that a byte stands for, float32 [256, 2]."""
     levels = torch.tensor(NF4_LEVELS if kind == "nf4" else FP4_LEVELS)
     byte = torch.arange(256)
-    return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)
+    return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1).to(device)
 
 
 def matmul_nbits(
