@@ -123,8 +123,9 @@ def _options(threads: int) -> Any:  # noqa: ANN401  # onnxruntime has no types
     * Arena off: 126 here, but 707 against 275 at 8 x 128 tokens, and slower: glibc keeps what is
       freed. Arena growing by what is asked only: the same resident, 70 MB less reserved there.
     * Planned reuse of buffers on: the same times, 2 to 10 MB more (one value in the place of
-      another keeps chunks of the arena apart), and opening a graph of 5,700 nodes with symbolic shapes
-      takes 10 s instead of 0.3 s. So every value is a buffer of its own, freed after its last use.
+      another keeps chunks of the arena apart), and opening a graph of 5,700 nodes with symbolic
+      shapes takes 10 s instead of 0.3 s. So every value is a buffer of its own, freed after its
+      last use.
     * Spinning on: the same memory; steps 3 times slower where other processes want the cores.
     * Pre-packing: no difference for weights that are de-quantised, twice the memory for others;
       so it is on only for graphs whose memory was planned with it (``Graph.prepack``).
