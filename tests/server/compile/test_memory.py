@@ -84,6 +84,15 @@ def test_weights_made_for_one_use_are_told_apart() -> None:
     assert peak.live_bytes == 8 * 8 * 4 + 5 * 8 * 4
 
 
+def test_what_a_kernel_asks_for_while_it_runs_counts_too() -> None:
+    graph = graph_of("Exp")
+    chosen = graph.emit("Where", "condition", graph.nodes[0].outputs[0], "x", shape=ROW)
+    graph.outputs = [Port(chosen, F32, ROW)]
+
+    # Its first operand, its result, and two copies with the other operand's places at zero.
+    assert peak_memory(graph, {"batch": 3}).live_bytes == 4 * 3 * 4096
+
+
 def test_lengths_are_read_as_soon_as_they_can_be() -> None:
     graph = graph_of("Exp", "Exp", "Exp")
     graph.emit("Shape", graph.nodes[0].outputs[0], shape=(2,))

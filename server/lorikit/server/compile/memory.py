@@ -217,7 +217,19 @@ class _Walk:
                 self._buffer_of[output] = shared
             if fixed:
                 self._fixed.add(output)
+        self._work(node, position)
         self._release(node, position)
+
+    def _work(self, node: Node, position: int) -> None:
+        """What a kernel asks for while it runs, beside its result."""
+        if node.op == "MatMulBnb4":
+            whole = (_whole(node, "N"), _whole(node, "K"))
+            self._add((whole, _FLOAT.itemsize), position, last=position, is_weight=True)
+        elif node.op == "Where":
+            shape = self._graph.shapes.get(node.outputs[0], (0,))
+            for _ in range(2):
+                key = (shape, self._widths[node.outputs[0]])
+                self._add(key, position, last=position, is_weight=False)
 
     def _shared(self, node: Node, output: str) -> int | None:
         """Buffer that a result is written to without asking for one; -1 for none of ours."""
@@ -256,11 +268,16 @@ class _Walk:
     def _make(self, output: str, position: int, *, is_weight: bool) -> None:
         """A buffer of its own; one of unknown shape is index arithmetic and counts as nothing."""
         shape = self._graph.shapes.get(output, (0,))
-        key = (shape, self._widths[output])
-        number = self._shapes.setdefault(key, len(self._shapes))
         self._buffer_of[output] = len(self.buffers)
-        self._left.append(self._uses[output])
-        self.buffers.append(_Buffer(number, position, self._end, is_weight=is_weight))
+        key = (shape, self._widths[output])
+        self._add(key, position, last=self._end, is_weight=is_weight, uses=self._uses[output])
+
+    def _add(
+        self, key: tuple[Shape, int], position: int, *, last: int, is_weight: bool, uses: int = 0
+    ) -> None:
+        number = self._shapes.setdefault(key, len(self._shapes))
+        self._left.append(uses)
+        self.buffers.append(_Buffer(number, position, last, is_weight=is_weight))
 
     def _release(self, node: Node, position: int) -> None:
         touched = [self._buffer_of[name] for name in node.inputs if name in self._buffer_of]
@@ -270,6 +287,12 @@ class _Walk:
         for buffer in (*touched, *own):
             if self._left[buffer] == 0:
                 self.buffers[buffer].last = min(self.buffers[buffer].last, position)
+
+
+def _whole(node: Node, name: str) -> int:
+    value = node.attributes[name]
+    assert isinstance(value, int)
+    return value
 
 
 def in_running_order(nodes: Sequence[Node]) -> list[Node]:
