@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from lorikit.server.compile.cleaning import merge_equal
 from lorikit.server.compile.gradients import add_gradients
 from lorikit.server.compile.graph import Graph, Node, Port
 from lorikit.server.compile.onnx_format import to_onnx
@@ -376,3 +377,56 @@ def test_a_form_without_a_rule_is_named_with_its_module() -> None:
 
     with pytest.raises(UnsupportedModelError, match=r"Slice \(model\.layers\.3\) with steps"):
         add_gradients(graph, {"y": "dy"}, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes"),
+    [
+        ("QuickGelu", {"alpha": 1.0}),
+        ("Gelu", {}),
+        ("Gelu", {"approximate": "none"}),
+        ("SimplifiedLayerNormalization", {"axis": -1}),
+        ("SimplifiedLayerNormalization", {"axis": 1}),
+        ("LayerNormalization", {"axis": -1}),
+    ],
+)
+def test_what_is_one_node_away_from_a_kept_value_is_made_again(
+    op: str, attributes: dict[str, float | int | str]
+) -> None:
+    domain = "com.microsoft" if op == "QuickGelu" else ""
+    is_norm = op.endswith("Normalization")
+    graph = graph_of("Mul", {"x": (2, 3), "a": (2, 3), "w": (3,)}, (2, 3))
+    inputs = ("x", "w") if is_norm else ("x",)
+    graph.nodes = [Node(op, inputs, ("active",), attributes, domain)]
+    graph.nodes.append(Node("Mul", ("active", "a"), ("y",)))
+    graph.shapes["active"] = (2, 3)
+    trained = ["x", "a", "w"] if is_norm else ["x", "a"]
+    once = graph.copy()
+    add_gradients(graph, {"y": "dy"}, trained)
+    merge_equal(graph)
+
+    backward = [node for node in graph.nodes if node.outputs[0] not in ("active", "y")]
+    assert not any("active" in node.inputs for node in backward)
+    rng = np.random.default_rng(8)
+    feeds = {name: rng.normal(size=(2, 3)).astype(np.float32) for name in ("x", "a", "dy")}
+    feeds["w"] = np.array([1.0, 2.0, 0.5], np.float32)
+    once.outputs.append(Port("active", F32, (2, 3)))
+    np.testing.assert_allclose(
+        run(graph, feeds)["a.grad"], feeds["dy"] * run(once, feeds)["active"], rtol=1e-5
+    )
+
+
+def test_a_factor_of_symbolic_rank_sums_its_gradient_over_the_examples() -> None:
+    shapes = {"a": ("batch", "length", 5), "b": ("rank_0", 5)}
+    options = {"domain": "com.microsoft", "transA": 0, "transB": 1, "alpha": 0.5}
+    graph = graph_of("FusedMatMul", shapes, ("batch", "length", "rank_0"), **options)
+    add_gradients(graph, {"y": "dy"}, ["b"])
+    rng = np.random.default_rng(3)
+    a, dy = rng.normal(size=(2, 4, 5)), rng.normal(size=(2, 4, 3))
+    feeds = {"a": a, "b": np.zeros((3, 5)), "dy": dy}
+
+    result = run(graph, {name: value.astype(np.float32) for name, value in feeds.items()})
+
+    expected = 0.5 * np.einsum("blr,bld->rd", dy, a)
+    np.testing.assert_allclose(result["b.grad"], expected, rtol=1e-4, atol=1e-5)
+    assert not any(node.op == "Reshape" for node in graph.nodes)

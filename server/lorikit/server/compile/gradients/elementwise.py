@@ -8,7 +8,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lorikit.server.compile.gradients.parts import Rule, beside, like, reduced_to, unsupported
+from lorikit.server.compile.gradients.parts import (
+    Rule,
+    again,
+    beside,
+    like,
+    reduced_to,
+    unsupported,
+)
 from lorikit.server.compile.graph import Graph, Node
 
 
@@ -33,8 +40,11 @@ def sub(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[st
 def mul(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
     """Product a b; each factor takes the gradient times the other one."""
     a, b = node.inputs
-    da = reduced_to(graph, like(graph, "Mul", dy, b, like=dy), a) if needs[0] else None
-    db = reduced_to(graph, like(graph, "Mul", dy, a, like=dy), b) if needs[1] else None
+    da = db = None
+    if needs[0]:
+        da = reduced_to(graph, like(graph, "Mul", dy, again(graph, b), like=dy), a)
+    if needs[1]:
+        db = reduced_to(graph, like(graph, "Mul", dy, again(graph, a), like=dy), b)
     return [da, db]
 
 
@@ -224,14 +234,14 @@ def _bell(graph: Graph, x: str, factor: float) -> str:
 
 
 def swish(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
-    """Slope of x s(x) with s the sigmoid: s (1 + x (1 - s)), s computed again from x."""
+    """With s the sigmoid and y = x s: s + y (1 - s), both computed again from x."""
     if node.attributes.get("alpha", 1.702) != 1.0:
         raise unsupported(node, "with alpha other than 1")
     x = node.inputs[0]
     s = like(graph, "Sigmoid", x, like=x)
-    rest = like(graph, "Mul", like(graph, "Sub", graph.floats(1.0), s, like=x), x, like=x)
-    factor = like(graph, "Add", rest, graph.floats(1.0), like=x)
-    slope = like(graph, "Mul", factor, s, like=x)
+    y = like(graph, "Mul", x, s, like=x)
+    rest = like(graph, "Sub", graph.floats(1.0), s, like=x)
+    slope = like(graph, "Add", like(graph, "Mul", rest, y, like=x), s, like=x)
     return [like(graph, "Mul", dy, slope, like=x)]
 
 

@@ -182,6 +182,36 @@ def expanded(graph: Graph, value: str, like: str) -> str:
     return graph.emit("Expand", value, lengths(graph, like), shape=graph.shape(like))
 
 
+def again(graph: Graph, name: str) -> str:
+    """A forward value for the backward pass: made again if its input is kept anyway.
+
+    The output of a norm or an activation is one cheap node away from its input, which their own
+    gradients read; so the input alone is kept. The new node is written in another, equal way, as
+    ``merge_equal`` would otherwise let the backward pass read the old value.
+    """
+    node = graph.producers().get(name)
+    if node is None or name != node.outputs[0]:
+        return name
+    shape, attributes = graph.shape(name), dict(node.attributes)
+    if node.op == "QuickGelu" and attributes.get("alpha") == 1.0:
+        x = node.inputs[0]
+        return graph.emit("Mul", x, graph.emit("Sigmoid", x, shape=shape), shape=shape)
+    if node.op == "Mul":
+        factors = [again(graph, factor) for factor in node.inputs]
+        return name if (*factors,) == node.inputs else graph.emit("Mul", *factors, shape=shape)
+    if node.op in ("LayerNormalization", "SimplifiedLayerNormalization"):
+        attributes["axis"] = len(shape) - 1 if attributes.get("axis", -1) == -1 else -1
+    elif node.op == "Gelu" and "approximate" not in attributes:
+        attributes["approximate"] = "none"
+    elif node.op == "Gelu" and attributes["approximate"] == "none":
+        del attributes["approximate"]
+    else:
+        return name
+    made = graph.emit(node.op, *node.inputs, shape=shape, domain=node.domain)
+    graph.nodes[-1].attributes = attributes
+    return made
+
+
 def beside(graph: Graph, node: Node, first: int) -> None:
     """Move the nodes emitted since position ``first`` to right behind a forward node.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lorikit.server.compile.gradients.parts import (
     Rule,
+    again,
     integer,
     matmul,
     reduced_to,
@@ -47,7 +48,10 @@ def _product_gradients(
         pair = (b, dy) if ta else (dy, b)
         flags = (tb, 1) if ta else (0, 1 - tb)
         da = reduced_to(graph, matmul(graph, *pair, shape, *flags, alpha), a)
-    if needs[1] and len(graph.shape(b)) == 2 and not ta:
+    a = again(graph, a) if needs[1] else a
+    if needs[1] and _is_factor(graph, b) and len(graph.shape(a)) == 3 and not ta:
+        db = _factor_gradient(graph, dy, a, b, tb, alpha)
+    elif needs[1] and len(graph.shape(b)) == 2 and not ta:
         # One matrix for every row: the rows are summed by one product.
         pair = (rows(graph, dy), rows(graph, a))
         x, y = pair if tb else pair[::-1]
@@ -58,6 +62,20 @@ def _product_gradients(
         flags = (1, ta) if tb else (1 - ta, 0)
         db = reduced_to(graph, matmul(graph, *pair, shape, *flags, alpha), b)
     return [da, db]
+
+
+def _is_factor(graph: Graph, name: str) -> bool:
+    """Whether a matrix is a factor of LoRA: one of its lengths is a rank, which is not fixed."""
+    shape = graph.shape(name)
+    return len(shape) == 2 and not all(isinstance(n, int) for n in shape)
+
+
+def _factor_gradient(graph: Graph, dy: str, x: str, factor: str, tb: int, alpha: float) -> str:
+    """Gradient of a small matrix, by example and then summed, which takes no reshaping."""
+    shape: Shape = (graph.shape(dy)[0], *graph.shape(factor))
+    pair = (dy, x) if tb else (x, dy)
+    each = matmul(graph, *pair, shape, 1, 0, alpha)
+    return reduced_to(graph, each, factor)
 
 
 def _unbroadcast(graph: Graph, node: Node, dy: str, operand: str) -> Shape:
