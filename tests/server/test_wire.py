@@ -151,8 +151,9 @@ def test_norm_is_that_of_the_changes() -> None:
     assert "joint norm" in refusal(update(), max_norm=1.0)
 
 
-def test_update_that_is_not_finite_is_refused() -> None:
-    bundle = unpack(update(dataclasses.replace(HEADER, rotation_block=0)))
+@pytest.mark.parametrize("block", [0, 64])
+def test_update_that_is_not_finite_is_refused(block: int) -> None:
+    bundle = unpack(update(dataclasses.replace(HEADER, rotation_block=block)))
     name = "q.lora_A.weight"
     parts = dict(bundle.tensors[name].parts)
     parts["scale"] = np.full_like(parts["scale"], 0x7F80)

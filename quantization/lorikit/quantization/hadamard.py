@@ -79,11 +79,18 @@ def _transform(blocks: Float32) -> None:
     stride = max(1, _CHUNK // length)
     for start in range(0, count, stride):
         columns = np.ascontiguousarray(blocks[start : start + stride].T)
-        half = 1
-        while half < length:
-            pairs = columns.reshape(length // (2 * half), 2, half * columns.shape[1])
-            difference = pairs[:, 0] - pairs[:, 1]
-            pairs[:, 0] += pairs[:, 1]
-            pairs[:, 1] = difference
-            half *= 2
+        with np.errstate(over="ignore", invalid="ignore"):  # only where a value is not finite
+            _add_and_subtract(columns)
         np.multiply(columns.T, scale, out=blocks[start : start + stride])
+
+
+def _add_and_subtract(columns: Float32) -> None:
+    """The transform along the first axis without its scale, in place."""
+    length, count = columns.shape
+    half = 1
+    while half < length:
+        pairs = columns.reshape(length // (2 * half), 2, half * count)
+        difference = pairs[:, 0] - pairs[:, 1]
+        pairs[:, 0] += pairs[:, 1]
+        pairs[:, 1] = difference
+        half *= 2
