@@ -69,8 +69,8 @@ class Int4Rows:
         scale = np.empty((rows, count), np.float32)
         for piece in chunks(rows, count * self.block):
             blocks = padded_blocks(array.reshape(rows, columns)[piece], self.block)
-            scale[piece] = _steps(blocks, is_stochastic=rng is not None)
-            codes[piece] = _packed(_codes(blocks, reciprocal(scale[piece]), rng))
+            scale[piece] = steps(blocks, is_stochastic=rng is not None)
+            codes[piece] = packed(_codes(blocks, reciprocal(scale[piece]), rng))
         return Encoded(self.name, array.shape, {"codes": codes, "scale": scale})
 
     def decode(self, encoded: Encoded) -> Float32:
@@ -110,9 +110,9 @@ class Int4:
         codes = np.empty((len(blocks), _WIRE_BLOCK // 2), np.uint8)
         scale = np.empty(len(blocks), np.uint16)
         for piece in chunks(*blocks.shape):
-            scale[piece] = away_from_zero(_steps(blocks[piece], is_stochastic=rng is not None))
+            scale[piece] = away_from_zero(steps(blocks[piece], is_stochastic=rng is not None))
             inverse = reciprocal(from_upper_halves(scale[piece]))
-            codes[piece] = _packed(_codes(blocks[piece], inverse, rng))
+            codes[piece] = packed(_codes(blocks[piece], inverse, rng))
         flat = codes.reshape(-1)[: -(-array.size // 2)]
         return Encoded(self.name, array.shape, {"codes": flat, "scale": scale})
 
@@ -131,7 +131,7 @@ class Int4:
         return blocks.reshape(-1)[:length].reshape(encoded.shape)
 
 
-def _steps(blocks: Float32, *, is_stochastic: bool) -> Float32:
+def steps(blocks: Float32, *, is_stochastic: bool) -> Float32:
     """Step of each block, float32 in the shape of ``blocks`` without the last axis.
 
     The extreme value gets the code -8, so the step is its magnitude / 8 with the opposite sign: one
@@ -155,7 +155,7 @@ def _codes(blocks: Float32, inverse: Float32, rng: np.random.Generator | None) -
     return round_to_codes(blocks, inverse, lowest=-_ZERO_POINT, highest=_ZERO_POINT - 1, rng=rng)
 
 
-def _packed(codes: Int8Codes) -> UInt8:
+def packed(codes: Int8Codes) -> UInt8:
     """Two codes a byte along the last axis, which is even."""
     stored = (codes + np.int8(_ZERO_POINT)).view(np.uint8)
     high = np.left_shift(stored[..., 1::2], 4, dtype=np.uint8)
