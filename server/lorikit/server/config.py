@@ -29,6 +29,17 @@ from lorikit.server.errors import LorikitError, RequestError
 
 _MAX_EVALUATION_LINE = 1 << 20
 
+_MEASURED_HERE = ("sequence-classification", "causal-language-modeling")
+"""Tasks that the server can measure on rows of its own."""
+
+TaskKind = Literal[
+    "sequence-classification",
+    "token-classification",
+    "masked-language-modeling",
+    "causal-language-modeling",
+    "image-classification",
+]
+AdapterKind = Literal["lora", "dora", "ia3", "prompt", "bottleneck", "bitfit", "head"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Precision = Literal["int4", "nf4", "int8", "fp16", "fp32"]
 
@@ -59,17 +70,32 @@ class RunConfig(_Settings):
     method_options: dict[str, JsonValue] = {}
     """Options of the method by name; see the method's page."""
 
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("query", "value")
-    """Linear modules that get LoRA, by the last part of their names."""
+    task_kind: TaskKind = "sequence-classification"
+    """What the model is trained to do."""
 
-    labels: Annotated[tuple[str, ...], Field(min_length=2)]
-    """Class names; a device's data names them, the model numbers them in this order."""
+    adapter: AdapterKind = "lora"
+    """What trains beside the head: ``lora``, ``dora``, ``ia3``, ``prompt`` (soft prompt),
+    ``bottleneck`` (adapters), ``bitfit`` (biases), or ``head`` (nothing else)."""
+
+    adapter_size: Annotated[int, Field(ge=1)] = 16
+    """Tokens of a soft prompt, or width of a bottleneck."""
+
+    targets: tuple[str, ...] = ()
+    """Linear modules that get the adapter, by the last part of their names; empty for those that
+    are usual for the architecture, for example ``query`` and ``value``."""
+
+    labels: tuple[str, ...] = ()
+    """Class names; a device's data names them, the model numbers them in this order. Empty for
+    language modelling."""
 
     text_column: str = "text"
-    """Column of a row that holds the text."""
+    """Column of a row that holds the text, or the words where tokens are classified."""
 
     label_column: str = "label"
-    """Column of a row that holds the class name."""
+    """Column of a row that holds the class name, or the tokens' class names."""
+
+    image_column: str = "image"
+    """Column of a row that holds the image."""
 
     rounds: Annotated[int, Field(ge=1, le=100_000)]
     """Rounds to run."""
@@ -120,7 +146,8 @@ class RunConfig(_Settings):
         "int8",
         "nf4",
     )
-    """Precisions of the base model that devices may get, the best quality first."""
+    """Precisions of the base model that devices may get, the best quality first; ``int4`` too,
+    which needs onnxruntime 1.22 on the devices."""
 
     codec: str = "fp32"
     """Wire codec of updates: ``fp32``, ``fp16``, ``bf16`` as plain values; ``int8-block64``,
@@ -183,6 +210,16 @@ class RunConfig(_Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        needs_labels = not self.task_kind.endswith("language-modeling")
+        if needs_labels and len(self.labels) < 2:
+            raise ValueError(f"labels: {self.task_kind} needs at least 2, got {self.labels}")
+        if not needs_labels and self.labels:
+            raise ValueError(f"labels: {self.task_kind} has none, got {len(self.labels)}; drop them")
+        if self.evaluation_data is not None and self.task_kind not in _MEASURED_HERE:
+            raise ValueError(
+                f"evaluation_data: the server does not measure {self.task_kind}; "
+                "drop it and set evaluate_on_devices"
+            )
         if self.min_rank > self.max_rank:
             raise ValueError(
                 f"min_rank {self.min_rank} exceeds max_rank {self.max_rank}; lower the first"
@@ -203,10 +240,11 @@ class RunConfig(_Settings):
     def task(self) -> Task:
         """What the model is trained to do."""
         return Task(
-            kind="sequence-classification",
+            kind=self.task_kind,
             labels=self.labels,
             text_column=self.text_column,
             label_column=self.label_column,
+            image_column=self.image_column,
         )
 
     def canonical(self) -> str:
@@ -365,7 +403,7 @@ class EvaluationData:
 
 
 def read_evaluation_data(path: Path, task: Task) -> EvaluationData:
-    """Rows of a ``.jsonl`` or ``.jsonl.gz`` file as texts and class numbers.
+    """Rows of a ``.jsonl`` or ``.jsonl.gz`` file as texts and class numbers (0 without classes).
 
     Raises:
         ConfigError: No such file, a row that is not an object with the two columns, or a class that
@@ -381,13 +419,13 @@ def read_evaluation_data(path: Path, task: Task) -> EvaluationData:
                 f"{path}, line {number}: column {task.text_column!r} holds no text; "
                 "name the column with text_column"
             )
-        if label not in classes:
+        if classes and label not in classes:
             raise ConfigError(
                 f"{path}, line {number}: {label!r} in column {task.label_column!r} is not one of "
                 f"the {len(classes)} labels of the run"
             )
         texts.append(text)
-        labels.append(classes[label])
+        labels.append(classes.get(label, 0))
     if not texts:
         raise ConfigError(f"{path} holds no rows; give a file with at least one")
     return EvaluationData(texts, labels)
