@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from tests.sdk.test_client import Federation
+from tests.sdk.tiny_tasks import WORDS, adapter, language_package, local_model
 
+from lorikit.sdk import Client
 from lorikit.sdk import __main__ as runner
 
 pytest.importorskip("onnxruntime", reason="the example trains on the onnx engine")
@@ -14,10 +16,14 @@ pytest.importorskip("onnxruntime", reason="the example trains on the onnx engine
 PAGE = Path(__file__).parents[2] / "docs" / "sdk.md"
 
 
+def _examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+
+
 def test_example_of_the_page_runs_as_it_stands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    example, _ = _examples()
     folder = tmp_path / "server"
     folder.mkdir()
     with Federation(folder) as server:
@@ -33,6 +39,19 @@ def test_example_of_the_page_runs_as_it_stands(
     assert "round 1 done, peak memory" in out
     assert re.search(r"\[Prediction\(label='(ask|book|cancel)', probability=0\.\d+\)\]", out)
     assert "'examples': 3.0" in out
+
+
+def test_texts_are_continued_as_the_page_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, example = _examples()
+    manifest, _ = language_package(tmp_path)
+    local_model(tmp_path, manifest, adapter(len(WORDS)))
+
+    with Client("localhost:9", [], store=tmp_path / "store", insecure=True) as client:
+        exec(compile(example, str(PAGE), "exec"), {"client": client})
+
+    assert re.search(r"( w\d+)+", capsys.readouterr().out)
 
 
 def test_page_and_help_name_every_exit_code() -> None:
