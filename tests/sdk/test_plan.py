@@ -219,6 +219,23 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path, runs: int, interval
     assert len(resumed.events) == 9 - journalled
 
 
+def test_killed_run_with_8_bit_states_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorikit.sdk._optimizer.SMALLEST", 1)
+    plans = [_phase(optimizer=OptimizerConfig(state_bits=bits)) for bits in (8, 32)]
+    for name in ("whole", "killed", "32"):
+        (tmp_path / name).mkdir()
+    whole = Device(tmp_path / "whole").run(plans[0])
+    killed = Device(tmp_path / "killed")
+    with pytest.raises(KeyboardInterrupt):
+        killed.executor(Dying(killed.engine(), 9), journal_interval_steps=1).run(
+            plans[0], killed.package.adapter(), "task-1"
+        )
+    assert pack(Device(tmp_path / "killed").run(plans[0]).bundle) == pack(whole.bundle)
+    assert pack(Device(tmp_path / "32").run(plans[1]).bundle) != pack(whole.bundle)
+
+
 def test_finished_task_is_not_trained_again(device: Device) -> None:
     first = device.run()
     device.events.clear()

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.sdk.engines.tiny_package import INPUTS, TinyPackage, build_tiny_package
+from tests.sdk.engines.tiny_package import HEAD, INPUTS, A, B, TinyPackage, build_tiny_package
+from tests.sdk.test_plan import Device
 
 torch = pytest.importorskip("torch", reason="these tests run the torch engine")
 
+from lorikit.proto.plan import OptimizerConfig, Phase, Plan  # noqa: E402
 from lorikit.quantization.nf4 import NF4  # noqa: E402
 from lorikit.sdk._errors import PackageError  # noqa: E402
 from lorikit.sdk.engines import open_engine  # noqa: E402
@@ -122,6 +124,24 @@ def test_four_bit_constants_stay_packed() -> None:
     assert packed.unpacked().tolist() == [1, 2, -8]
     unsigned = Nibbles(packed.codes, (2, 2), signed=False)
     assert unsigned.unpacked().tolist() == [[1, 2], [8, 15]]
+
+
+@pytest.mark.parametrize("name", ["adamw", "mezo"])
+def test_plan_ends_with_the_adapter_of_the_onnx_engine(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("onnxruntime", reason="the reference is the onnx engine")
+    optimizer = OptimizerConfig(name=name, learning_rate=0.01)
+    phase = Phase(train=(A, B, HEAD), steps=5, batch_size=6, micro_batch=4, optimizer=optimizer)
+    plan = Plan(method="fedit", inputs=INPUTS, phases=(phase,), max_length=16)
+    sent = {}
+    for engine in ("onnx", "torch"):
+        (tmp_path / engine).mkdir()
+        device = Device(tmp_path / engine)
+        opened = open_engine(engine, device.package.manifest, device.folder, threads=1)
+        outcome = device.executor(opened).run(plan, device.package.adapter(), "task-1")
+        sent[engine] = {n: each.parts["values"] for n, each in outcome.bundle.tensors.items()}
+    for tensor, expected in sent["onnx"].items():
+        # Five steps of rounding differences; MeZO divides the losses' last bits by 0.002.
+        np.testing.assert_allclose(sent["torch"][tensor], expected, atol=1e-5)
 
 
 @pytest.mark.gpu
