@@ -366,7 +366,7 @@ def test_a_clipped_value_is_not_kept_for_its_gradient_but_a_mask_is() -> None:
 
     add_gradients(graph, {"y": "dy"}, ["a"])
 
-    assert [node.op for node in graph.nodes] == ["Relu", "Greater", "Where"]
+    assert [node.op for node in graph.nodes] == ["Relu", "Greater", "Cast", "Mul"]
     assert graph.dtypes[graph.nodes[1].outputs[0]] == np.bool_
 
 

@@ -141,9 +141,8 @@ def _write_mask(graph: Graph, node: Node, rows: str) -> None:
     limit = graph.constant(_limit(probability), np.int64)
     keep = graph.emit("GreaterOrEqual", number, limit, shape=shape)
     graph.dtypes[keep] = np.dtype(np.bool_)
-    graph.nodes.append(
-        Node("Where", (keep, node.inputs[0], graph.floats(0.0)), node.outputs, scope=node.scope)
-    )
+    factor = graph.emit("Cast", keep, shape=shape, to=1)
+    graph.nodes.append(Node("Mul", (node.inputs[0], factor), node.outputs))
 
 
 def _row_keys(graph: Graph, x: str) -> str:

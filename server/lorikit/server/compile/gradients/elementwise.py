@@ -12,6 +12,7 @@ from lorikit.server.compile.gradients.parts import (
     Rule,
     again,
     beside,
+    is_made_again,
     like,
     reduced_to,
     unsupported,
@@ -38,14 +39,17 @@ def sub(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[st
 
 
 def mul(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
-    """Product a b; each factor takes the gradient times the other one."""
-    a, b = node.inputs
-    da = db = None
-    if needs[0]:
-        da = reduced_to(graph, like(graph, "Mul", dy, again(graph, b), like=dy), a)
-    if needs[1]:
-        db = reduced_to(graph, like(graph, "Mul", dy, again(graph, a), like=dy), b)
-    return [da, db]
+    """Product a b; each factor takes the gradient times the other one.
+
+    What has to be made again comes second, when the first factor may be released already.
+    """
+    gradients: list[str | None] = [None, None]
+    for index in sorted((0, 1), key=lambda i: is_made_again(graph, node.inputs[1 - i])):
+        if needs[index]:
+            other = again(graph, node.inputs[1 - index])
+            product = like(graph, "Mul", dy, other, like=dy)
+            gradients[index] = reduced_to(graph, product, node.inputs[index])
+    return gradients
 
 
 def div(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
@@ -73,13 +77,22 @@ def power(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[
 def where(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
     """The chosen branch takes the gradient, the other one zero."""
     condition, a, b = node.inputs
-    zero = graph.floats(0.0)
     da = db = None
     if needs[1]:
-        da = reduced_to(graph, like(graph, "Where", condition, dy, zero, like=dy), a)
+        da = reduced_to(graph, _masked(graph, condition, dy), a)
     if needs[2]:
-        db = reduced_to(graph, like(graph, "Where", condition, zero, dy, like=dy), b)
+        other = graph.emit("Not", condition, shape=graph.shape(condition))
+        db = reduced_to(graph, _masked(graph, other, dy), b)
     return [None, da, db]
+
+
+def _masked(graph: Graph, mask: str, value: str) -> str:
+    """A value where a mask holds, else zero.
+
+    A product, since the kernel of ``Where`` asks for two more buffers of the size of its result.
+    """
+    factor = graph.emit("Cast", mask, shape=graph.shape(mask), to=1)
+    return like(graph, "Mul", value, factor, like=value)
 
 
 def negate(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
@@ -145,7 +158,7 @@ def relu(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[s
     mask = like(graph, "Greater", node.outputs[0], graph.floats(0.0), like=dy)
     graph.dtypes[mask] = np.dtype(np.bool_)
     beside(graph, node, first)
-    return [like(graph, "Where", mask, dy, graph.floats(0.0), like=dy)]
+    return [_masked(graph, mask, dy)]
 
 
 def clip(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
@@ -160,8 +173,7 @@ def clip(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[s
     mask = sides[0] if len(sides) == 1 else like(graph, "And", *sides, like=dy)
     graph.dtypes.update(dict.fromkeys([*sides, mask], np.dtype(np.bool_)))
     beside(graph, node, first)
-    chosen = like(graph, "Where", mask, dy, graph.floats(0.0), like=dy)
-    return [chosen, *[None] * (len(node.inputs) - 1)]
+    return [_masked(graph, mask, dy), *[None] * (len(node.inputs) - 1)]
 
 
 def hard_swish(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:
@@ -172,7 +184,7 @@ def hard_swish(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequ
     inside = like(graph, "Less", size, graph.floats(3.0), like=x)
     graph.dtypes[inside] = np.dtype(np.bool_)
     ramp = like(graph, "Mul", x, graph.floats(1 / 6), like=x)
-    more = like(graph, "Where", inside, ramp, graph.floats(0.0), like=x)
+    more = _masked(graph, inside, ramp)
     return [like(graph, "Mul", dy, like(graph, "Add", gate, more, like=x), like=x)]
 
 
@@ -185,7 +197,7 @@ def hard_sigmoid(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Se
     alpha = node.attributes.get("alpha", 0.2)
     assert isinstance(alpha, float)
     scaled = like(graph, "Mul", dy, graph.floats(alpha), like=y)
-    return [like(graph, "Where", inside, scaled, graph.floats(0.0), like=y)]
+    return [_masked(graph, inside, scaled)]
 
 
 def gelu(graph: Graph, node: Node, dy: str, needs: Sequence[bool]) -> Sequence[str | None]:

@@ -182,6 +182,20 @@ def expanded(graph: Graph, value: str, like: str) -> str:
     return graph.emit("Expand", value, lengths(graph, like), shape=graph.shape(like))
 
 
+def is_made_again(graph: Graph, name: str) -> bool:
+    """Whether ``again`` makes a value again."""
+    node = graph.producers().get(name)
+    if node is None or name != node.outputs[0]:
+        return False
+    if node.op == "Mul":
+        return any(is_made_again(graph, factor) for factor in node.inputs)
+    if node.op == "Gelu":
+        return node.attributes.get("approximate", "none") == "none"
+    if node.op == "QuickGelu":
+        return node.attributes.get("alpha") == 1.0
+    return node.op in ("LayerNormalization", "SimplifiedLayerNormalization")
+
+
 def again(graph: Graph, name: str) -> str:
     """A forward value for the backward pass: made again if its input is kept anyway.
 
@@ -189,24 +203,22 @@ def again(graph: Graph, name: str) -> str:
     gradients read; so the input alone is kept. The new node is written in another, equal way, as
     ``merge_equal`` would otherwise let the backward pass read the old value.
     """
-    node = graph.producers().get(name)
-    if node is None or name != node.outputs[0]:
+    if not is_made_again(graph, name):
         return name
+    node = graph.producers()[name]
     shape, attributes = graph.shape(name), dict(node.attributes)
-    if node.op == "QuickGelu" and attributes.get("alpha") == 1.0:
-        x = node.inputs[0]
-        return graph.emit("Mul", x, graph.emit("Sigmoid", x, shape=shape), shape=shape)
     if node.op == "Mul":
         factors = [again(graph, factor) for factor in node.inputs]
-        return name if (*factors,) == node.inputs else graph.emit("Mul", *factors, shape=shape)
-    if node.op in ("LayerNormalization", "SimplifiedLayerNormalization"):
+        return graph.emit("Mul", *factors, shape=shape)
+    if node.op == "QuickGelu":
+        gate = graph.emit("Sigmoid", node.inputs[0], shape=shape)
+        return graph.emit("Mul", node.inputs[0], gate, shape=shape)
+    if node.op != "Gelu":
         attributes["axis"] = len(shape) - 1 if attributes.get("axis", -1) == -1 else -1
-    elif node.op == "Gelu" and "approximate" not in attributes:
-        attributes["approximate"] = "none"
-    elif node.op == "Gelu" and attributes["approximate"] == "none":
+    elif "approximate" in attributes:
         del attributes["approximate"]
     else:
-        return name
+        attributes["approximate"] = "none"
     made = graph.emit(node.op, *node.inputs, shape=shape, domain=node.domain)
     graph.nodes[-1].attributes = attributes
     return made
