@@ -15,7 +15,7 @@ import numpy as np
 from lorikit.proto.tensors import Bundle, Encoded, Float32, MalformedTensorError, Tensors, unpack
 from lorikit.sdk._errors import EngineDisagreesError, PackageError
 from lorikit.sdk._optimizer import global_norm
-from lorikit.sdk.engines._signature import GRADIENT_SUFFIX, WHOLE_NUMBERS
+from lorikit.sdk.engines._signature import DROPOUT_SEED, GRADIENT_SUFFIX, WHOLE_NUMBERS
 from lorikit.sdk.engines.base import Batch, Gradients
 
 TOLERANCE = 1e-3
@@ -33,6 +33,7 @@ class Probe:
     adapter: Tensors
     batch: Batch
     inputs: Mapping[str, float]
+    """Scalar inputs; the seed of dropout is 0 where the bundle names none."""
     loss: float
     gradients: Tensors
 
@@ -58,9 +59,12 @@ def parse_probe(data: bytes) -> Probe:
                 weights=batch["weights"],
             ),
             inputs={
-                name.removeprefix("input."): value
-                for name, value in bundle.scalars.items()
-                if name.startswith("input.")
+                DROPOUT_SEED: 0,
+                **{
+                    name.removeprefix("input."): value
+                    for name, value in bundle.scalars.items()
+                    if name.startswith("input.")
+                },
             },
             loss=bundle.scalars["expected.loss"],
             gradients=_part(bundle, "expected.", GRADIENT_SUFFIX),

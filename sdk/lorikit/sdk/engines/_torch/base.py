@@ -66,6 +66,15 @@ UINT4, INT4 = 21, 22
 """ONNX's numbers of the four-bit types."""
 
 
+HOST_ELEMENTS = 64
+"""Whole numbers of at most so many elements may stay on the host: they are shapes and axes."""
+
+
+def is_data(value: Value) -> bool:
+    """Whether a value belongs on the device that computes, because it is no shape or axis."""
+    return isinstance(value, Nibbles) or value.is_floating_point() or value.numel() > HOST_ELEMENTS
+
+
 def whole(attributes: Attributes, name: str, default: int) -> int:
     """An attribute that is a whole number."""
     value = attributes.get(name, default)

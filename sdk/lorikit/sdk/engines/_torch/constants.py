@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorikit.sdk._errors import InvalidGraphError, UnsupportedPackageError
 from lorikit.sdk.engines._onnx_file import is_external, nbytes, place
-from lorikit.sdk.engines._torch.base import INT4, TYPES, UINT4, Nibbles, Value
+from lorikit.sdk.engines._torch.base import INT4, TYPES, UINT4, Nibbles, Value, is_data
 
 
 class Constants:
@@ -41,9 +41,8 @@ class Constants:
 
     def _placed(self, tensor: Any) -> Value:  # noqa: ANN401  # a message declared at run time
         if not is_external(tensor):
-            value: Value = inline_tensor(tensor)
-            is_shape = isinstance(value, Tensor) and not value.is_floating_point()
-            return value if is_shape else value.to(self._device)
+            value = inline_tensor(tensor)
+            return value.to(self._device) if is_data(value) else value
         blob, offset, length = place(tensor, self._blobs)
         return _value(tensor, self._mapping(blob), offset, length).to(self._device)
 

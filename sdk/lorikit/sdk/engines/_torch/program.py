@@ -15,7 +15,7 @@ from torch import Tensor
 from lorikit.proto.tensors import Array
 from lorikit.sdk._errors import UnsupportedPackageError
 from lorikit.sdk.engines._onnx_file import read_model
-from lorikit.sdk.engines._torch.base import Attribute, Attributes, Nibbles, Operator, Value
+from lorikit.sdk.engines._torch.base import Attribute, Attributes, Operator, Value, is_data
 from lorikit.sdk.engines._torch.constants import Constants, inline_tensor
 from lorikit.sdk.engines._torch.operators import MICROSOFT, OPERATORS, READS_NUMBERS
 
@@ -24,9 +24,6 @@ HIGHEST_OPSETS = {"": 21, MICROSOFT: 1}
 
 HIGHEST_IR = 10
 """Newest file format that is read."""
-
-HOST_ELEMENTS = 64
-"""Whole numbers of at most so many elements may stay on the host: they are shapes and axes."""
 
 
 @dataclass(slots=True)
@@ -79,7 +76,7 @@ class Program:
         results = result if isinstance(result, tuple) else (result,)
         for name, value in zip(step.outputs, results, strict=False):
             if name and value is not None:
-                values[name] = value.to(self.device) if _is_large(value) else value
+                values[name] = value.to(self.device) if is_data(value) else value
         for name in step.released:
             values.pop(name, None)
 
@@ -178,13 +175,9 @@ def _together(op: str, inputs: Sequence[Value | None], device: torch.device) -> 
     """
     numbers = READS_NUMBERS.get(op, frozenset())
     data = [value for n, value in enumerate(inputs) if value is not None and n not in numbers]
-    if all(value.device.type == "cpu" for value in data) and not any(map(_is_large, data)):
+    if all(value.device.type == "cpu" for value in data) and not any(map(is_data, data)):
         return list(inputs)
     return [
         value if value is None or n in numbers or value.device == device else value.to(device)
         for n, value in enumerate(inputs)
     ]
-
-
-def _is_large(value: Value) -> bool:
-    return isinstance(value, Nibbles) or value.is_floating_point() or value.numel() > HOST_ELEMENTS
