@@ -29,7 +29,10 @@ INDEX = "model.safetensors.index.json"
 
 _MAX_HEADER_BYTES = 100 << 20
 
-_FLOATS: Mapping[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+_HALVES: Float32 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+"""Every float16 as float32, by its bits: looking it up is twice as fast as casting."""
+
+_FLOATS: Mapping[str, str] = {"F32": "<f4", "F16": "<u2", "BF16": "<u2", "F64": "<f8"}
 
 WIDTHS: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
@@ -90,6 +93,8 @@ class Stored:
             values = np.fromfile(file, dtype, stop - start)
         if values.size != stop - start:
             raise ConversionError(f"{self.path} ends in the middle of {self.name}; copy it again")
+        if self.dtype == "F16":
+            return np.take(_HALVES, values, mode="clip")  # "raise" would buffer the output
         if self.dtype == "BF16":
             return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
         with np.errstate(over="ignore"):  # what does not fit is refused as not finite

@@ -24,8 +24,8 @@ TARGETS = (
 AS_IT_IS = ""
 """Codec of a tensor that is copied byte for byte."""
 
-ALIGNMENT = 128
-"""Rows of a piece are a multiple of this, so that no block of any codec is cut."""
+_BLOCK = 64
+"""Values of the flattened tensor that share a magnitude; pieces hold whole blocks."""
 
 _TABLES = re.compile(r"embed|(^|\.)w[tp]e\.|relative_attention_bias")
 _WIDE = ("fp16", "bf16", "fp32", "int8", "int8-row32", "int8-row64", "int8-row128")
@@ -104,9 +104,10 @@ def joined(pieces: Sequence[Encoded], name: str, shape: tuple[int, ...]) -> Enco
 
 
 def piece_rows(shape: tuple[int, ...], values: int) -> int:
-    """Rows of a piece of about so many values."""
-    columns = shape[-1] if shape else 1
-    return max(1, values // (ALIGNMENT * max(columns, 1))) * ALIGNMENT
+    """Rows of a piece of about so many values that cuts no block of any codec."""
+    columns = max(shape[-1] if shape else 1, 1)
+    unit = _BLOCK // math.gcd(columns, _BLOCK)
+    return max(1, values // (unit * columns)) * unit
 
 
 def _simple(name: str) -> str:
