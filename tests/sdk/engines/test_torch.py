@@ -101,6 +101,32 @@ def test_engine_needs_neither_onnx_nor_transformers(tmp_path: Path) -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
+@pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 1])
+def test_dropout_drops_what_numpy_says(tmp_path: Path, seed: int) -> None:
+    dropout = pytest.importorskip("lorikit.server.compile.dropout", reason="needs lorikit[server]")
+    from lorikit.server.compile.graph import MICROSOFT, Graph, Node, Port
+    from lorikit.server.compile.onnx_format import to_onnx
+
+    weight, shape, kind = "query.lora_A.weight", (3, 5, 8), np.dtype(np.float32)
+    graph = Graph(
+        inputs=[Port("x", kind, ("batch", "length", 8)), Port(weight, kind, ("rank", 8))],
+        outputs=[Port("y", kind, ("batch", "length", "rank"))],
+        shapes={"x": ("batch", "length", 8), weight: ("rank", 8), "y": ("batch", "length", "rank")},
+    )
+    attributes = {"transA": 0, "transB": 1, "alpha": 1.0}
+    graph.nodes.append(Node("FusedMatMul", ("x", weight), ("y",), attributes, MICROSOFT))
+    dropout.add_dropout(graph, 0.5)
+    dropout.write_dropout(graph)
+    (tmp_path / "graph").write_bytes(to_onnx(graph).SerializeToString())
+    x = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+    feeds = {"x": x, weight: np.eye(8, dtype=np.float32), "dropout_seed": np.asarray(seed)}
+
+    (y,) = load_program(tmp_path / "graph", {}, CPU).run(["y"], feeds)
+
+    kept = dropout.dropout_mask(seed, weight, shape, 0.5)
+    np.testing.assert_array_equal(y, np.where(kept, 2 * x, 0))
+
+
 def test_shapes_stay_on_the_host_and_data_goes_to_the_device() -> None:
     """A device without memory stands in for a GPU: what matters is which tensors are moved."""
     device = torch.device("meta")
