@@ -114,6 +114,10 @@ def test_examples_of_the_wrong_kind_are_named(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"example 1: .* for example text\.split\(\), got 'a b'"):
         local_model(tmp_path / "words", words, adapter(3)).predict([["w1"], "a b"])
+    with pytest.raises(DataError, match="give a list of texts, not one text: 'w1 w2'"):
+        local_model(tmp_path / "words", words, adapter(3)).predict("w1 w2")
+    with pytest.raises(DataError, match="rows are one text, 'w1 w2'; give a list of texts"):
+        local_model(tmp_path / "language", language, adapter(len(WORDS))).evaluate("w1 w2")
     with pytest.raises(DataError, match="row 0: the image is of type int"):
         local_model(tmp_path / "images", images, adapter(2)).predict([3])
     with pytest.raises(PackageError, match=r"no classes to predict; use generate\(\)"):

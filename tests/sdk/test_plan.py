@@ -32,7 +32,7 @@ from lorikit.sdk._errors import (
 )
 from lorikit.sdk._events import Progress
 from lorikit.sdk._optimizer import initial_slots, updated
-from lorikit.sdk._plan import Outcome, PlanExecutor
+from lorikit.sdk._plan import Outcome, PlanExecutor, _drawn
 from lorikit.sdk._store import Journal
 from lorikit.sdk.engines import open_engine
 from lorikit.sdk.engines._signature import DROPOUT_SEED
@@ -402,3 +402,14 @@ def test_every_micro_batch_has_its_own_dropout_seed_and_a_repeated_run_the_same(
     assert not set(_dropout_seeds(tmp_path / "c", dataclasses.replace(PLAN, seed=12))) & set(seeds)
     other = dataclasses.replace(PLAN, phases=(dataclasses.replace(PHASE, seed=1),))
     assert not set(_dropout_seeds(tmp_path / "d", other)) & set(seeds)
+
+
+def test_draws_count_the_epochs() -> None:
+    phase = dataclasses.replace(PHASE, batch_size=2, micro_batch=2, steps=5)
+
+    draws = np.concatenate(list(_drawn(3, phase, 1, 0)))
+
+    np.testing.assert_array_equal(draws // 3, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3])
+    for epoch in range(3):
+        assert sorted(draws[3 * epoch : 3 * epoch + 3] % 3) == [0, 1, 2]
+    np.testing.assert_array_equal(np.concatenate(list(_drawn(3, phase, 1, 2))), draws[4:])

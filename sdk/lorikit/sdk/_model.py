@@ -65,6 +65,7 @@ class LocalModel:
                 model continues texts instead of naming classes.
             DataError: An example is not what the task reads; names it and says what would do.
         """
+        _check_several(examples)
         with self._lock:
             opened = self._open()
             task = opened.manifest.task
@@ -101,6 +102,7 @@ class LocalModel:
             PackageError: There is no adapter yet, or its model does not continue texts.
             DataError: A prompt cannot be continued; names it.
         """
+        _check_several(prompts)
         if not prompts:
             return []
         with self._author() as author:
@@ -162,6 +164,11 @@ class LocalModel:
         if self._opened is not None:
             self._opened.engine.close()
             self._opened = None
+
+
+def _check_several(examples: object) -> None:
+    if isinstance(examples, str):
+        raise DataError(f"give a list of texts, not one text: {examples!r:.80}")
 
 
 def _to_predict(examples: Sequence[object], opened: _Opened) -> Dataset:

@@ -19,7 +19,7 @@ from lorikit.sdk._data.rows import Row
 from lorikit.sdk._data.texts import ClassifiedTexts
 from lorikit.sdk._data.tokens import TextReader
 from lorikit.sdk._data.words import ClassifiedWords
-from lorikit.sdk._errors import PackageError, UnsupportedPackageError
+from lorikit.sdk._errors import DataError, PackageError, UnsupportedPackageError
 from lorikit.sdk._heap import release_freed_memory
 
 __all__ = [
@@ -59,6 +59,8 @@ def read_dataset(
         EngineUnavailableError: ``tokenizers`` is not installed.
         PackageError: The package cannot read such rows, or its tokeniser cannot be used.
     """
+    if isinstance(rows, str):
+        raise DataError(f"rows are one text, {rows!r:.42}; give a list of texts")
     try:
         return _read(rows, manifest, tokenizer_json, max_length)
     finally:

@@ -57,13 +57,12 @@ class CausalTexts(Dataset):
         if len(stream) > 1:
             self._append(stream.tolist(), 1)
         self.lengths = self._tokens.lengths
+        self._counted: Indices = self.lengths - np.asarray(self._firsts)
         self.max_length = reader.max_length
 
     def counted(self, draws: npt.ArrayLike) -> Indices:
         """Tokens that are to be guessed, by example."""
-        chosen = np.asarray(draws, np.int64) % max(len(self), 1)
-        result: Indices = self.lengths[chosen] - np.asarray(self._firsts)[chosen]
-        return result
+        return self._counted[np.asarray(draws, np.int64) % max(len(self), 1)]
 
     def batch(
         self, draws: npt.ArrayLike, weights: npt.ArrayLike = 1.0, *, seed: Sequence[int] = (0,)

@@ -56,6 +56,8 @@ class ClassifiedWords(Dataset):
             text, words, labels = _labelled(number, *pair, classes)
             self._append(number, text, words, labels, reader)
         self.lengths = self._tokens.lengths
+        total = np.concatenate([[0], np.cumsum(np.asarray(self._labels) != _UNCOUNTED)])
+        self._counted: Indices = np.diff(total[self._tokens.starts])
         self.max_length = reader.max_length
 
     @classmethod
@@ -84,11 +86,7 @@ class ClassifiedWords(Dataset):
 
     def counted(self, draws: npt.ArrayLike) -> Indices:
         """Words that have a token, by example."""
-        chosen = np.asarray(draws, np.int64) % max(len(self), 1)
-        total = np.concatenate([[0], np.cumsum(np.asarray(self._labels) != _UNCOUNTED)])
-        starts = self._tokens.starts
-        result: Indices = total[starts[chosen + 1]] - total[starts[chosen]]
-        return result
+        return self._counted[np.asarray(draws, np.int64) % max(len(self), 1)]
 
     def batch(
         self, draws: npt.ArrayLike, weights: npt.ArrayLike = 1.0, *, seed: Sequence[int] = (0,)
