@@ -455,11 +455,14 @@ def open_run_parts(config: RunConfig, blobs: FolderBlobs) -> RunParts:
     """Load and export the base model of a run, and build its method and planner."""
     # Here and not above: torch takes seconds to load, and a server that starts should answer.
     from lorikit.server.compile.compiler import Compiler
+    from lorikit.server.compile.insertion import AdapterConfig
 
     compiler = Compiler(
         config.model,
         config.task,
-        targets=config.targets,
+        adapter=AdapterConfig(
+            kind=config.adapter, targets=config.targets, size=config.adapter_size
+        ),
         blobs=blobs,
         progress=lambda sentence: logger.info("run=%s %s", config.name, sentence),
     )
@@ -471,7 +474,7 @@ def open_run_parts(config: RunConfig, blobs: FolderBlobs) -> RunParts:
             adapter,
             space=space,
             base_model=str(config.model),
-            targets=config.targets,
+            targets=compiler.targets,
             scale=config.lora_scale,
             rank=rank,
             labels=config.labels,

@@ -214,7 +214,9 @@ class RunConfig(_Settings):
         if needs_labels and len(self.labels) < 2:
             raise ValueError(f"labels: {self.task_kind} needs at least 2, got {self.labels}")
         if not needs_labels and self.labels:
-            raise ValueError(f"labels: {self.task_kind} has none, got {len(self.labels)}; drop them")
+            raise ValueError(
+                f"labels: {self.task_kind} has none, got {len(self.labels)}; drop them"
+            )
         if self.evaluation_data is not None and self.task_kind not in _MEASURED_HERE:
             raise ValueError(
                 f"evaluation_data: the server does not measure {self.task_kind}; "
@@ -419,13 +421,13 @@ def read_evaluation_data(path: Path, task: Task) -> EvaluationData:
                 f"{path}, line {number}: column {task.text_column!r} holds no text; "
                 "name the column with text_column"
             )
-        if classes and label not in classes:
+        if classes and (not isinstance(label, str) or label not in classes):
             raise ConfigError(
                 f"{path}, line {number}: {label!r} in column {task.label_column!r} is not one of "
                 f"the {len(classes)} labels of the run"
             )
         texts.append(text)
-        labels.append(classes.get(label, 0))
+        labels.append(classes.get(str(label), 0))
     if not texts:
         raise ConfigError(f"{path} holds no rows; give a file with at least one")
     return EvaluationData(texts, labels)

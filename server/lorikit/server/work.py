@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,9 @@ from lorikit.server.store.blobs import FolderBlobs
 from lorikit.server.store.sql import SqlStore
 from lorikit.server.store.tables import DeviceRow, RoundRow, TaskRow, UpdateRow
 from lorikit.server.updates import read_adapter, read_update, with_received
+
+if TYPE_CHECKING:
+    from lorikit.server.compile.tokens import TokenLosses
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +111,17 @@ class PackageSource(Protocol):
         max_length: int,
     ) -> npt.NDArray[np.float32]:
         """Class scores, [texts, classes]."""
+        ...
+
+    def token_losses(
+        self,
+        adapter: Tensors,
+        texts: Sequence[str],
+        *,
+        lora_scale: float,
+        max_length: int,
+    ) -> TokenLosses:
+        """How well a language model foresees texts."""
         ...
 
 
@@ -296,12 +310,11 @@ class RoundWork:
             raise LorikitError("run has no evaluation_data")
         texts, labels = _subset(self.parts.evaluation, self.config)
         adapter = self.parts.method.global_adapter(self.state_before(number + 1), self._space)
-        logits = self.parts.source.logits(
-            adapter,
-            texts,
-            lora_scale=self.config.lora_scale,
-            max_length=self.config.max_length,
-        )
+        source, scale, length = self.parts.source, self.config.lora_scale, self.config.max_length
+        if self.config.task_kind == "causal-language-modeling":
+            losses = source.token_losses(adapter, texts, lora_scale=scale, max_length=length)
+            return losses.metrics(), len(texts)
+        logits = source.logits(adapter, texts, lora_scale=scale, max_length=length)
         return _measure(logits, labels), len(labels)
 
     def hand_out(self, rounds: int) -> None:

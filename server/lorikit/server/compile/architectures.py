@@ -64,6 +64,8 @@ class Architecture:
     """Module path of the list of layers."""
     head: str
     """Module path of the last linear map."""
+    targets: tuple[str, ...]
+    """Linear modules that get an adapter where none are named."""
     new_modules: tuple[str, ...] = ()
     """Other modules that are new with the task and train with the head."""
 
@@ -77,58 +79,88 @@ class Architecture:
         return re.sub(rf"^({re.escape(self.layers)})\.\d+(?=\.|$)", rf"\1.{layer}", name)
 
 
-def _row(class_name: str, layers: str, head: str, *new_modules: str) -> Architecture:
-    return Architecture(class_name=class_name, layers=layers, head=head, new_modules=new_modules)
+_BERT = ("query", "value")
+_LLAMA = ("q_proj", "v_proj")
+_DISTILBERT = ("q_lin", "v_lin")
+_DEBERTA = ("in_proj",)
+_DEBERTA_V2 = ("query_proj", "value_proj")
+
+
+def _row(
+    class_name: str, layers: str, head: str, targets: tuple[str, ...], *new_modules: str
+) -> Architecture:
+    return Architecture(
+        class_name=class_name, layers=layers, head=head, targets=targets, new_modules=new_modules
+    )
 
 
 ARCHITECTURES: dict[tuple[str, str], Architecture] = {
     ("bert", SEQUENCE_CLASSIFICATION): _row(
-        "BertForSequenceClassification", "bert.encoder.layer", "classifier"
+        "BertForSequenceClassification", "bert.encoder.layer", "classifier", _BERT
     ),
     ("bert", TOKEN_CLASSIFICATION): _row(
-        "BertForTokenClassification", "bert.encoder.layer", "classifier"
+        "BertForTokenClassification", "bert.encoder.layer", "classifier", _BERT
     ),
     ("bert", MASKED_LANGUAGE_MODELING): _row(
-        "BertForMaskedLM", "bert.encoder.layer", "cls.predictions.decoder"
+        "BertForMaskedLM", "bert.encoder.layer", "cls.predictions.decoder", _BERT
     ),
     ("roberta", SEQUENCE_CLASSIFICATION): _row(
         "RobertaForSequenceClassification",
         "roberta.encoder.layer",
         "classifier.out_proj",
+        _BERT,
         "classifier.dense",
     ),
     ("roberta", TOKEN_CLASSIFICATION): _row(
-        "RobertaForTokenClassification", "roberta.encoder.layer", "classifier"
+        "RobertaForTokenClassification", "roberta.encoder.layer", "classifier", _BERT
     ),
     ("roberta", MASKED_LANGUAGE_MODELING): _row(
-        "RobertaForMaskedLM", "roberta.encoder.layer", "lm_head.decoder"
+        "RobertaForMaskedLM", "roberta.encoder.layer", "lm_head.decoder", _BERT
     ),
     ("distilbert", SEQUENCE_CLASSIFICATION): _row(
         "DistilBertForSequenceClassification",
         "distilbert.transformer.layer",
         "classifier",
+        _DISTILBERT,
         "pre_classifier",
     ),
     ("distilbert", TOKEN_CLASSIFICATION): _row(
-        "DistilBertForTokenClassification", "distilbert.transformer.layer", "classifier"
+        "DistilBertForTokenClassification",
+        "distilbert.transformer.layer",
+        "classifier",
+        _DISTILBERT,
     ),
     ("distilbert", MASKED_LANGUAGE_MODELING): _row(
-        "DistilBertForMaskedLM", "distilbert.transformer.layer", "vocab_projector"
+        "DistilBertForMaskedLM", "distilbert.transformer.layer", "vocab_projector", _DISTILBERT
     ),
     ("deberta", SEQUENCE_CLASSIFICATION): _row(
-        "DebertaForSequenceClassification", "deberta.encoder.layer", "classifier", "pooler.dense"
+        "DebertaForSequenceClassification",
+        "deberta.encoder.layer",
+        "classifier",
+        _DEBERTA,
+        "pooler.dense",
     ),
     ("deberta-v2", SEQUENCE_CLASSIFICATION): _row(
-        "DebertaV2ForSequenceClassification", "deberta.encoder.layer", "classifier", "pooler.dense"
+        "DebertaV2ForSequenceClassification",
+        "deberta.encoder.layer",
+        "classifier",
+        _DEBERTA_V2,
+        "pooler.dense",
     ),
     ("deberta-v2", TOKEN_CLASSIFICATION): _row(
-        "DebertaV2ForTokenClassification", "deberta.encoder.layer", "classifier"
+        "DebertaV2ForTokenClassification", "deberta.encoder.layer", "classifier", _DEBERTA_V2
     ),
-    ("llama", CAUSAL_LANGUAGE_MODELING): _row("LlamaForCausalLM", "model.layers", "lm_head"),
-    ("qwen2", CAUSAL_LANGUAGE_MODELING): _row("Qwen2ForCausalLM", "model.layers", "lm_head"),
-    ("vit", IMAGE_CLASSIFICATION): _row("ViTForImageClassification", "vit.layers", "classifier"),
+    ("llama", CAUSAL_LANGUAGE_MODELING): _row(
+        "LlamaForCausalLM", "model.layers", "lm_head", _LLAMA
+    ),
+    ("qwen2", CAUSAL_LANGUAGE_MODELING): _row(
+        "Qwen2ForCausalLM", "model.layers", "lm_head", _LLAMA
+    ),
+    ("vit", IMAGE_CLASSIFICATION): _row(
+        "ViTForImageClassification", "vit.layers", "classifier", _LLAMA
+    ),
     ("mobilenet_v2", IMAGE_CLASSIFICATION): _row(
-        "MobileNetV2ForImageClassification", "mobilenet_v2.layer", "classifier"
+        "MobileNetV2ForImageClassification", "mobilenet_v2.layer", "classifier", ()
     ),
 }
 """By (``model_type`` of the configuration, kind of task)."""

@@ -17,8 +17,16 @@ import onnxruntime
 from lorikit.proto.manifest import BlobRef, Manifest, Task, dump
 from lorikit.proto.manifest import Graph as GraphRow
 from lorikit.proto.tensors import Float32, Tensors
+from lorikit.server.compile.decoding import (
+    cache_shape,
+    can_decode,
+    check_decoding_graph,
+    decoding_graph,
+    export_decoding,
+)
 from lorikit.server.compile.export import export_forward
 from lorikit.server.compile.graph import Graph
+from lorikit.server.compile.inputs import image_input, text_input
 from lorikit.server.compile.insertion import AdapterConfig
 from lorikit.server.compile.memory import GraphMemory
 from lorikit.server.compile.models import Model, load_model
@@ -34,7 +42,7 @@ from lorikit.server.compile.package import (
     training_graph,
     with_base,
 )
-from lorikit.server.compile.tokens import Tokenizer
+from lorikit.server.compile.tokens import Tokenizer, TokenLosses, next_tokens
 from lorikit.server.compile.verify import (
     Probe,
     check_evaluate_graph,
@@ -94,12 +102,14 @@ class Compiler:
         self._bases: dict[str, Base] = {}
         self._packages: dict[Variant, Package] = {}
         self._memory: dict[Variant, GraphMemory] = {}
+        self._decoder: Graph | None = None
         self._sessions: dict[tuple[int, ...], onnxruntime.InferenceSession] = {}
         self._say(f"loading {self._folder.name}")
         self.adapter = adapter or AdapterConfig(targets=tuple(targets))
         self._model: Model = load_model(self._folder, task, self.adapter)
         self.layer_count = self._model.layer_count
         self.model_digest = _weights_digest(self._folder)
+        self.adapter = self.adapter.on(self._model.architecture)
         self.targets = self.adapter.targets
         self.architecture = self._model.architecture.class_name
         self._say("exporting the forward graph")
@@ -303,6 +313,32 @@ class Compiler:
             result[rows] = session.run(["logits"], feeds)[0]
         return result
 
+    def token_losses(
+        self,
+        adapter: Tensors,
+        texts: Sequence[str],
+        *,
+        lora_scale: float,
+        max_length: int,
+        batch_size: int = 8,
+    ) -> TokenLosses:
+        """How well the fp32 model with an adapter foresees texts; evaluation on the server."""
+        tokenizer = self._tokenizer
+        assert tokenizer is not None
+        session = self._evaluation_session(tuple(range(self.layer_count)), "evaluate")
+        inputs = {port.name for port in session.get_inputs()}
+        fixed = {"lora_scale": np.asarray(lora_scale, np.float32), **adapter}
+        total = TokenLosses(loss=0.0, correct=0.0, tokens=0)
+        order = sorted(texts, key=len)
+        for start in range(0, len(order), batch_size):
+            ids, mask = tokenizer.batch(order[start : start + batch_size], max_length)
+            feeds = {"input_ids": ids, "attention_mask": mask, **next_tokens(ids, mask), **fixed}
+            loss, correct = session.run(
+                ["loss", "correct"], {n: v for n, v in feeds.items() if n in inputs}
+            )
+            total += TokenLosses(float(loss), float(correct), int(feeds["weights"].sum()))
+        return total
+
     def _variant(
         self,
         precision: str,
@@ -381,6 +417,9 @@ class Compiler:
             ),
             tokenizer=self.blobs.put(self._tokenizer.file_bytes) if self._tokenizer else None,
             probe=self.blobs.put(probe_bundle(probe, {t.name for t in adapter})),
+            text=text_input(self._folder, self._model),
+            image=image_input(self._folder, self._model),
+            cache=cache_shape(self._model) if can_decode(self._model) else None,
             facts=facts,
         )
         return Package(manifest, self.blobs.put(dump(manifest)))
@@ -404,6 +443,12 @@ class Compiler:
             blob, _ = self._verified(graph, partial(check, probe=probe))
             rows.append(manifest_graph(name, plain, graph, blob, report))
             used |= report.tensors
+        if can_decode(self._model):
+            whole = decoding_graph(self._decoding(), self._model, variant.kept_layers)
+            graph, report = with_base(whole, base, plain)
+            blob, _ = self._verified(graph, partial(check_decoding_graph, probe=probe))
+            rows.append(manifest_graph("decode", plain, graph, blob, report))
+            used |= report.tensors
         flops = self.flops_per_token(variant.lowest_trained_layer, variant.kept_layers)
         return (
             tuple(rows),
@@ -415,6 +460,13 @@ class Compiler:
             },
         )
 
+    def _decoding(self) -> Graph:
+        """The graph that continues texts, exported when first wanted."""
+        if self._decoder is None:
+            self._say("exporting the decoding graph")
+            self._decoder = export_decoding(self._model)
+        return self._decoder
+
     def _verified(self, graph: Graph, check: Callable[[Path], float]) -> tuple[BlobRef, float]:
         """Store a graph beside its weights and check it there; it does not stay if it fails."""
         ref = self.blobs.put(to_onnx(graph).SerializeToString(deterministic=True))
@@ -424,13 +476,15 @@ class Compiler:
             self.blobs.remove(ref.digest)
             raise
 
-    def _evaluation_session(self, kept: tuple[int, ...]) -> onnxruntime.InferenceSession:
+    def _evaluation_session(
+        self, kept: tuple[int, ...], graph: str = "predict"
+    ) -> onnxruntime.InferenceSession:
         with self._lock:
             if kept not in self._sessions:
                 package = self.package(
                     precision="fp32", lowest_trained_layer=self.layer_count, kept_layers=kept
                 )
-                path = self.blobs.path(package.manifest.graph("predict").blob.digest)
+                path = self.blobs.path(package.manifest.graph(graph).blob.digest)
                 options = onnxruntime.SessionOptions()
                 options.log_severity_level = 3
                 self._sessions[kept] = onnxruntime.InferenceSession(

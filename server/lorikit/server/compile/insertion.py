@@ -8,7 +8,7 @@ computes. The parameters that train get names in the base model's own paths.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import IA3Config, LoraConfig, inject_adapter_in_model
@@ -33,8 +33,8 @@ class AdapterConfig:
     (Lester et al. 2021), ``bottleneck`` (Houlsby et al. 2019), ``bitfit`` (Ben Zaken et al. 2022)
     or ``head`` (nothing else)."""
     targets: tuple[str, ...] = ()
-    """Linear modules by the last part of their names; unused by ``prompt`` and ``head``, and by
-    ``bitfit`` empty for all layers' biases."""
+    """Linear modules by the last part of their names; empty for the architecture's usual ones, or
+    for ``bitfit`` for all. Unused by ``prompt`` and ``head``."""
     size: int = 16
     """Tokens of a soft prompt, or width of a bottleneck."""
 
@@ -45,6 +45,12 @@ class AdapterConfig:
             )
         if self.size < 1:
             raise UnsupportedModelError(f"adapter size must be at least 1, got {self.size}")
+
+    def on(self, architecture: Architecture) -> AdapterConfig:
+        """The same with the targets that are usual for an architecture where it names none."""
+        if self.targets or self.kind in ("prompt", "bitfit", "head"):
+            return self
+        return replace(self, targets=architecture.targets)
 
 
 class Bottleneck(torch.nn.Module):
@@ -66,8 +72,8 @@ class Bottleneck(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., d_in] to [..., d_out]."""
         h = self.base_layer(x)
-        delta: torch.Tensor = self.adapter_up(torch.relu(self.adapter_down(h)))
-        return h + delta
+        y: torch.Tensor = h + self.adapter_up(torch.relu(self.adapter_down(h)))
+        return y
 
 
 def insert_adapter(
@@ -249,5 +255,6 @@ def _check_targets(module: torch.nn.Module, targets: Sequence[str]) -> None:
     missing = sorted(set(targets) - named)
     if missing or not targets:
         raise UnsupportedModelError(
-            f"no linear module is named {missing or targets}; this model has {sorted(named)}"
+            f"no linear module is named {missing or targets}; this model has {sorted(named)}, "
+            "and the kinds bitfit, prompt and head need none"
         )

@@ -165,7 +165,7 @@ def load_model(folder: Path, task: Task, adapter: AdapterConfig, *, seed: int = 
         )
         module.eval()
         module, tensors, parameters = insert_adapter(
-            module, architecture, adapter, trains_head=kind.trains_head
+            module, architecture, adapter.on(architecture), trains_head=kind.trains_head
         )
     module.eval()
     return Model(module, architecture, kind, task, tensors, parameters)

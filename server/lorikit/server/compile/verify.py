@@ -183,6 +183,7 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
     """A graph in this process's runtime, its nodes as they are."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_mem_reuse = False  # planning it takes long in large graphs
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
