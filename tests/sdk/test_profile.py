@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorikit.proto.plan import PLAN_VERSION
+from lorikit.proto.plan import PLAN_VERSION, WIRE_FEATURE
 from lorikit.quantization import CODECS
 from lorikit.sdk._operations import operation_names
 from lorikit.sdk._profile import control_group_files, measured_speed, profile
@@ -24,7 +24,7 @@ def test_profile_says_what_the_sdk_can_do(tmp_path: Path) -> None:
     assert seen.storage_free_bytes > 0
     assert seen.plan_version == PLAN_VERSION
     assert seen.operations == operation_names()
-    assert seen.codecs == tuple(CODECS)
+    assert seen.codecs == (*CODECS, WIRE_FEATURE)
     assert seen.engines == available_engines()
     assert seen.sdk_version
 
