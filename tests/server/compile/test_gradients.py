@@ -430,3 +430,23 @@ def test_a_factor_of_symbolic_rank_sums_its_gradient_over_the_examples() -> None
     expected = 0.5 * np.einsum("blr,bld->rd", dy, a)
     np.testing.assert_allclose(result["b.grad"], expected, rtol=1e-4, atol=1e-5)
     assert not any(node.op == "Reshape" for node in graph.nodes)
+
+
+def test_a_prompt_before_a_text_of_any_length_gets_its_part_of_the_gradient() -> None:
+    graph = graph_of("Concat", {"prompt": (2, 3), "x": ("length", 3)}, ("length + 2", 3), axis=0)
+    text = graph.emit("Slice", "y", graph.ints(2), graph.ints(2**63 - 1), graph.ints(0))
+    graph.shapes[text] = ("length", 3)
+    graph.nodes.append(Node("Mul", (text, text), ("z",)))
+    graph.shapes["z"] = ("length", 3)
+    graph.inputs.append(Port("dz", F32, ("length", 3)))
+    graph.shapes["dz"] = ("length", 3)
+    rng = np.random.default_rng(6)
+    arrays = {"prompt": (2, 3), "x": (4, 3), "dy": (6, 3), "dz": (4, 3)}
+    feeds = {name: rng.normal(size=shape).astype(np.float32) for name, shape in arrays.items()}
+
+    add_gradients(graph, {"y": "dy", "z": "dz"}, ["prompt", "x"])
+    result = run(graph, feeds)
+
+    np.testing.assert_allclose(result["prompt.grad"], feeds["dy"][:2], rtol=1e-6)
+    expected = feeds["dy"][2:] + 2 * feeds["x"] * feeds["dz"]
+    np.testing.assert_allclose(result["x.grad"], expected, rtol=1e-5)
