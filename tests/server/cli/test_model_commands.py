@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lorikit compile`` and ``lorikit profile`` on a real model of two small layers."""
+"""``lorikit compile`` on a real model of two small layers."""
 
 from __future__ import annotations
 
@@ -44,29 +44,3 @@ def test_compile_of_layers_that_are_not_there_is_a_model_error(tiny_model: Path,
     assert run([*command, "--kept-layers", "7"]) == ExitCode.MODEL
 
     assert "7" in capsys.readouterr().err
-
-
-def test_profile_plans_for_each_class_or_says_what_would_help(tiny_model: Path, tmp_path, capsys):
-    mine = tmp_path / "mine.toml"
-    mine.write_text('[speck]\nmemory_limit = "20MB"\n[plenty]\nmemory_limit = "2GB"\n')
-    command = ["profile", "--model", str(tiny_model), "--classes", str(mine), "--length", "16"]
-
-    assert run([*command, "--class", "speck", "--class", "plenty", "--format", "json"]) == 0
-
-    speck, plenty = json.loads(capsys.readouterr().out)["classes"]
-    assert (speck["class"], speck["fits"], speck["plan"]) == ("speck", False, None)
-    assert "MiB" in speck["remedy"]
-    assert plenty["fits"]
-    assert plenty["plan"]["rank"] == 8
-    assert plenty["predicted_peak_memory_bytes"] < 2_000_000_000
-
-
-def test_profile_as_text_names_the_remedy_of_a_class_that_does_not_fit(
-    tiny_model: Path, tmp_path, capsys
-):
-    mine = tmp_path / "mine.toml"
-    mine.write_text('[speck]\nmemory_limit = "20MB"\n')
-
-    assert run(["profile", "--model", str(tiny_model), "--classes", str(mine)]) == 0
-
-    assert "speck: The smallest plan" in capsys.readouterr().out.replace("\n", " ")

@@ -19,7 +19,7 @@ from lorikit.server.cli.display import (
     progress,
 )
 from lorikit.server.cli.exit_codes import CommandError, ExitCode
-from lorikit.server.cli.profile import BASELINE_BYTES
+from lorikit.server.cli.profile_plans import BASELINE_BYTES
 
 if TYPE_CHECKING:
     from lorikit.server.compile import Compiler, Package

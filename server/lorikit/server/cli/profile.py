@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +13,7 @@ import typer
 from lorikit.proto.manifest import Task
 from lorikit.server.cli.device_classes import DeviceClass, built_in_classes, read_classes
 from lorikit.server.cli.display import (
+    Announce,
     Format,
     FormatOption,
     megabytes,
@@ -21,16 +22,23 @@ from lorikit.server.cli.display import (
     progress,
 )
 from lorikit.server.cli.exit_codes import CommandError, ExitCode
+from lorikit.server.cli.profile_measuring import rehearsed
+from lorikit.server.cli.profile_page import page
+from lorikit.server.cli.profile_picture import write_png
+from lorikit.server.cli.profile_plans import (
+    BASELINE_BYTES,
+    ClassPlan,
+    Misfit,
+    Work,
+    facts,
+    plan_for,
+)
 from lorikit.server.config import RunConfig
 
 if TYPE_CHECKING:
     from lorikit.server.compile import Compiler
-    from lorikit.server.methods.base import Assignment, Participant
-    from lorikit.server.planner import Planner
 
-BASELINE_BYTES = 54_000_000
-"""Resident memory assumed for a device process before it trains: interpreter, numpy and gRPC,
-measured on Linux x86-64; the planner adds the runtime."""
+_WITHOUT_LABELS = ("causal-language-modeling", "masked-language-modeling")
 
 
 def profile(
@@ -41,62 +49,124 @@ def profile(
     classes: Annotated[
         Path | None, typer.Option(exists=True, help="Your own classes, TOML, besides ours.")
     ] = None,
-    labels: Annotated[int, typer.Option(min=2, help="Number of classes of the task.")] = 2,
-    targets: Annotated[str, typer.Option(help="Modules that get LoRA, with commas.")] = (
-        "query,value"
+    task: Annotated[str, typer.Option(help="What the model is trained to do.")] = (
+        "sequence-classification"
     ),
+    labels: Annotated[int, typer.Option(min=2, help="Number of classes of the task.")] = 2,
+    targets: Annotated[
+        str, typer.Option(help="Modules that get LoRA, with commas; empty for PEFT's own choice.")
+    ] = "",
     rank: Annotated[int, typer.Option(min=1, help="Largest LoRA rank.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per optimiser step.")] = 8,
     length: Annotated[int, typer.Option(min=1, help="Longest input in tokens.")] = 128,
+    precisions: Annotated[
+        str, typer.Option(help="Allowed precisions of the base, the best first, with commas.")
+    ] = "",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Rehearse each plan in a process under its limit.")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a picture to this PNG file (needs matplotlib).")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page to this file; it opens without a network.")
+    ] = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Show for each device class whether a model's training fits, with which plan and memory.
 
-    Example: lorikit profile --model ./all-MiniLM-L6-v2 --labels 150 --class phone-3gb
+    Example: lorikit profile --model ./all-MiniLM-L6-v2 --labels 150 --measure --html profile.html
     """
     chosen = _chosen(names or (), classes)
     if not (model / "config.json").is_file():
         raise CommandError(
             ExitCode.NOT_FOUND, f"{model} is not a Hugging Face model folder (no config.json)"
         )
+    work = Work(rank=rank, batch_size=batch_size, length=length)
+    wanted = Task(
+        kind=task,
+        labels=()
+        if task in _WITHOUT_LABELS
+        else tuple(f"label_{index}" for index in range(labels)),
+    )
     with progress(f"Loading {model.name}") as announce, tempfile.TemporaryDirectory() as folder:
         # Loads torch, which takes seconds: only when there is something to plan.
         from lorikit.server.compile import Compiler
-        from lorikit.server.planner import Planner
         from lorikit.server.store.blobs import FolderBlobs
 
         compiler = Compiler(
             model,
-            Task(
-                kind="sequence-classification",
-                labels=tuple(f"label_{index}" for index in range(labels)),
-            ),
-            targets=tuple(part.strip() for part in targets.split(",") if part.strip()),
+            wanted,
+            targets=_split(targets) or _usual_targets(model),
             blobs=FolderBlobs(Path(folder)),
             progress=announce,
         )
-        planner = Planner(
-            compiler,
-            precisions=RunConfig.model_fields["precisions"].default,
-            batch_size=batch_size,
-            max_length=length,
-            max_rank=rank,
-        )
-        facts = []
-        for device_class in chosen:
-            announce(f"Planning for {device_class.name}")
-            facts.append(_class_facts(compiler, planner, device_class, rank))
-    report = {
-        "model": model.name,
-        "batch_size": batch_size,
-        "length": length,
-        "baseline_bytes": BASELINE_BYTES,
-        "classes": facts,
-    }
+        allowed = _split(precisions) or RunConfig.model_fields["precisions"].default
+        entries = _planned(compiler, chosen, work, allowed, announce)
+        if measure:
+            entries = _measured(compiler, entries, work, Path(folder), announce)
+    title = f"{model.name}, batch {batch_size} x {length} tokens, LoRA"
+    if picture is not None:
+        write_png(picture, title, entries)
+    if html is not None:
+        html.write_text(page(title, entries), encoding="utf-8")
     if output is Format.JSON:
-        print_json(report)
+        print_json(_report(model.name, task, entries, work))
     else:
-        _print(model.name, facts, batch_size=batch_size, length=length)
+        _print(title, entries)
+
+
+def _planned(
+    compiler: Compiler,
+    chosen: Sequence[DeviceClass],
+    work: Work,
+    precisions: Sequence[str],
+    announce: Announce,
+) -> list[ClassPlan | Misfit]:
+    from lorikit.server.planner import Planner
+
+    planner = Planner(
+        compiler,
+        precisions=precisions,
+        batch_size=work.batch_size,
+        max_length=work.length,
+        max_rank=work.rank,
+    )
+    entries: list[ClassPlan | Misfit] = []
+    for device_class in chosen:
+        announce(f"Planning for {device_class.name}")
+        entries.append(plan_for(compiler, planner, device_class, work))
+    return entries
+
+
+def _measured(
+    compiler: Compiler,
+    entries: Sequence[ClassPlan | Misfit],
+    work: Work,
+    folder: Path,
+    announce: Announce,
+) -> list[ClassPlan | Misfit]:
+    done: list[ClassPlan | Misfit] = []
+    for entry in entries:
+        if isinstance(entry, ClassPlan):
+            announce(f"Rehearsing {entry.device_class.name}")
+            done.append(rehearsed(compiler, entry, work, folder=folder))
+        else:
+            done.append(entry)
+    return done
+
+
+def _report(
+    model: str, task: str, entries: Sequence[ClassPlan | Misfit], work: Work
+) -> dict[str, object]:
+    return {
+        "model": model,
+        "task": task,
+        "batch_size": work.batch_size,
+        "length": work.length,
+        "baseline_bytes": BASELINE_BYTES,
+        "classes": [facts(entry) for entry in entries],
+    }
 
 
 def _chosen(names: Sequence[str], path: Path | None) -> list[DeviceClass]:
@@ -111,88 +181,76 @@ def _chosen(names: Sequence[str], path: Path | None) -> list[DeviceClass]:
     return [known[name] for name in names or known]
 
 
-def _class_facts(
-    compiler: Compiler, planner: Planner, device_class: DeviceClass, rank: int
-) -> dict[str, object]:
-    from lorikit.server.planner import DoesNotFitError
+def _usual_targets(model: Path) -> tuple[str, ...]:
+    """Modules that PEFT gives LoRA to in models of this type.
 
-    facts: dict[str, object] = {
-        "class": device_class.name,
-        "memory_limit_bytes": device_class.memory_limit_bytes,
-        "source": device_class.source,
-    }
-    profile = device_class.profile(baseline_bytes=BASELINE_BYTES)
-    try:
-        participant = planner.participant(device_class.name, profile, {})
-        assignment = fullest_assignment(compiler, participant, rank)
-        choice = planner.choose(profile, assignment)
-    except DoesNotFitError as error:
-        return facts | {"fits": False, "plan": None, "reason": error.reason, "remedy": error.remedy}
-    return facts | {
-        "fits": True,
-        "plan": {
-            "precision": choice.precision,
-            "runtime": choice.runtime,
-            "micro_batch": choice.micro_batch,
-            "rank": max(assignment.ranks.values()),
-            "trained_layers": list(assignment.trained_layers),
-            "kept_layers": list(assignment.kept_layers),
-        },
-        "predicted_peak_memory_bytes": choice.predicted_peak_memory_bytes,
-        "seconds_per_step": participant.seconds_per_step,
-    }
+    Raises:
+        CommandError: PEFT knows none.
+    """
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL
+    from transformers import AutoConfig
+
+    kind = str(AutoConfig.from_pretrained(model, local_files_only=True).model_type)
+    if kind not in USUAL:
+        raise CommandError(
+            ExitCode.USAGE, f"give --targets: PEFT has no usual ones for model type {kind!r}"
+        )
+    return tuple(USUAL[kind])
 
 
-def fullest_assignment(compiler: Compiler, participant: Participant, rank: int) -> Assignment:
-    """The most a device can train: its greatest depth, and the largest rank at that depth."""
-    from lorikit.server.methods.base import Assignment
-
-    layers = tuple(range(compiler.layer_count))
-    if participant.max_depth:
-        kept, trained = layers, layers[-participant.max_depth :]
-    else:
-        kept = trained = layers[-participant.max_layers :]
-    space = compiler.space(rank)
-    return Assignment(
-        device_id=participant.device_id,
-        ranks={a.module: participant.max_rank for a, _ in space.pairs() if a.layer in kept},
-        trained_layers=trained,
-        kept_layers=kept,
-    )
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _print(
-    model: str, facts: Sequence[Mapping[str, object]], *, batch_size: int, length: int
-) -> None:
-    rows = [_row(entry) for entry in facts]
+def _print(title: str, entries: Sequence[ClassPlan | Misfit]) -> None:
+    columns = (
+        "class", "budget", "fits", "precision", "rank", "layers", "again", "micro-batch",
+        "predicted", "measured", "s/step",
+    )  # fmt: skip
+    print_table(columns, [_row(entry) for entry in entries], title=title)
+    parts = {e.device_class.name: e for e in entries if isinstance(e, ClassPlan)}
     print_table(
-        ("class", "budget", "fits", "precision", "rank", "layers", "micro-batch", "peak", "s/step"),
-        rows,
-        title=f"{model}, batch {batch_size} x {length} tokens, LoRA",
+        ("class", "app", "runtime", "mapped", "packed", "adapter", "activations", "workspace"),
+        [_parts(name, entry) for name, entry in parts.items()],
+        title="Predicted peak by part",
     )
-    for entry in facts:
-        if not entry["fits"]:
-            typer.echo(f"{entry['class']}: {entry['reason']} {entry['remedy']}")
+    for name, entry in parts.items():
+        if entry.choice.bound:
+            typer.echo(f"{name}: bound by {entry.choice.bound}")
+    for each in entries:
+        if isinstance(each, Misfit):
+            typer.echo(f"{each.device_class.name}: {each.reason} {each.remedy}")
 
 
-def _row(entry: Mapping[str, object]) -> tuple[object, ...]:
-    limit = megabytes(_number(entry["memory_limit_bytes"]))
-    plan = entry["plan"]
-    if not isinstance(plan, dict):
-        return (entry["class"], limit, "no", "-", "-", "-", "-", "-", "-")
+def _row(entry: ClassPlan | Misfit) -> tuple[object, ...]:
+    name, limit = entry.device_class.name, megabytes(entry.device_class.memory_limit_bytes)
+    if isinstance(entry, Misfit):
+        return (name, limit, "no", *["-"] * 8)
+    choice, measured = entry.choice, entry.measured
     return (
-        entry["class"],
+        name,
         limit,
         "yes",
-        plan["precision"],
-        plan["rank"],
-        f"{len(plan['trained_layers'])} of {len(plan['kept_layers'])}",
-        plan["micro_batch"],
-        megabytes(_number(entry["predicted_peak_memory_bytes"])),
-        f"{_number(entry['seconds_per_step']):.2f}",
+        choice.precision,
+        entry.rank,
+        f"{len(entry.trained_layers)} of {len(entry.kept_layers)}",
+        len(choice.recomputed_layers),
+        choice.micro_batch,
+        megabytes(choice.predicted_peak_memory_bytes),
+        megabytes(measured.peak_bytes) if measured else "-",
+        f"{choice.seconds_per_step:.2f}",
     )
 
 
-def _number(value: object) -> float:
-    assert isinstance(value, int | float)
-    return value
+def _parts(name: str, entry: ClassPlan) -> tuple[object, ...]:
+    part = entry.footprint
+    sizes = (
+        part.app_bytes,
+        part.runtime_bytes,
+        part.mapped_bytes,
+        part.packed_bytes,
+        part.adapter_bytes,
+        part.activation_bytes,
+        part.workspace_bytes,
+    )
+    return (name, *(megabytes(size) for size in sizes))

@@ -274,31 +274,40 @@ class Planner:
                 reasons.append(
                     f"micro-batch {chosen.micro_batch} ({wider.micro_batch} would need {excess})"
                 )
-        reasons.extend(self._faster_bases(profile, job, chosen))
+        reasons.extend(self._faster_base(profile, job, chosen))
         return "; ".join(reasons)
 
-    def _faster_bases(self, profile: Profile, job: _Job, chosen: _Candidate) -> Iterator[str]:
+    def _faster_base(self, profile: Profile, job: _Job, chosen: _Candidate) -> Iterator[str]:
+        """Why not the next faster precision."""
         own = self._seconds(profile, job, chosen)
-        for precision in self._precisions:
-            other = replace(chosen, precision=precision, kernels="lean")
-            if precision == chosen.precision or self._seconds(profile, job, other) >= own:
-                continue
-            if not self._is_allowed(profile, job, other):
-                excess = self._excess(profile, job, other)
-                yield f"{chosen.precision} base ({precision} would need {excess})"
-            elif self._compiler.base_bytes(precision) > profile.memory_limit_bytes * WEIGHTS_SHARE:
-                share = f"{WEIGHTS_SHARE:.0%} of the limit"
-                yield f"{chosen.precision} base (the {precision} base takes more than {share})"
+        others = [
+            replace(chosen, precision=precision, kernels="lean")
+            for precision in self._precisions
+            if precision != chosen.precision
+        ]
+        faster = [other for other in others if self._seconds(profile, job, other) < own]
+        if not faster:
+            return
+        other = max(faster, key=lambda each: self._seconds(profile, job, each))
+        if not self._is_allowed(profile, job, other):
+            excess = self._excess(profile, job, other)
+            yield f"{chosen.precision} base ({other.precision} would need {excess})"
+        elif self._compiler.base_bytes(other.precision) > self._light_bytes(profile):
+            share = f"{WEIGHTS_SHARE:.0%} of the limit"
+            yield f"{chosen.precision} base (that of {other.precision} takes more than {share})"
 
     def _excess(self, profile: Profile, job: _Job, candidate: _Candidate) -> str:
         missing = self._peak(profile, job, candidate) - self._budget(profile)
         return f"{max(missing, 0) / MEGABYTE:.0f} MB more"
 
     def _by_preference(self, profile: Profile) -> Iterator[list[str]]:
-        allowed = profile.memory_limit_bytes * WEIGHTS_SHARE
+        allowed = self._light_bytes(profile)
         light = [p for p in self._precisions if self._compiler.base_bytes(p) <= allowed]
         yield light
         yield [p for p in self._precisions if p not in light]
+
+    def _light_bytes(self, profile: Profile) -> float:
+        return profile.memory_limit_bytes * WEIGHTS_SHARE
 
     def _micro_batches(self) -> Iterator[int]:
         micro_batch = min(self._batch_size, max(1, -(-ENOUGH_TOKENS // self._max_length)))
