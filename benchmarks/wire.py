@@ -40,6 +40,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "int4": {"codec": "int4", "codec_options": {"error_feedback": False}},
     "int4 + EF": {"codec": "int4"},
     "int4 + EF + rotation": {"codec": "int4", "codec_options": {"rotation_block": 1024}},
+    "int3 + EF": {"codec": "int3"},
     "int2 + EF": {"codec": "int2"},
     "int1 + EF": {"codec": "int1"},
     "int1": {"codec": "int1", "codec_options": {"error_feedback": False, "stochastic": False}},
