@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of the benchmarks that need no model: what is drawn, compared and planned."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+curves, growth = load("curves"), load("growth")
+
+
+def curve(loss: np.ndarray, stack: str = "onnx", order: int = 0, precision: str = "fp32") -> object:
+    return curves.Curve("SST-2", precision, stack, order, tuple(loss), 1.0)
+
+
+@pytest.mark.parametrize("name", ["curves", "growth"])
+def test_a_benchmark_tells_its_options_without_loading_the_compiler(name: str) -> None:
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--only" in done.stdout
+
+
+def test_every_epoch_draws_every_example_once_in_an_order_of_its_own() -> None:
+    draws = curves.drawn(10, 4, 5, 3).ravel()
+    assert sorted(draws) == list(range(20))
+    assert list(draws[:10]) != [draw - 10 for draw in draws[10:]]
+    assert np.array_equal(draws, curves.drawn(10, 4, 5, 3).ravel())
+
+
+def test_a_curve_is_within_noise_up_to_the_spread_of_the_orders() -> None:
+    level = np.ones(curves.STEPS)
+    references = [curve(level * value, curves.REFERENCE) for value in (0.9, 1.0, 1.1)]
+    spread = curves.noise(references)
+    assert spread == pytest.approx(0.1)
+    assert curves.verdict(curve(level * 1.099), references[1], spread)["within_noise"]
+    assert not curves.verdict(curve(level * 1.101), references[1], spread)["within_noise"]
+
+
+def test_one_bad_window_is_enough_to_fall_out_of_the_noise() -> None:
+    level = np.ones(curves.STEPS)
+    bent = level.copy()
+    bent[-curves.WINDOW :] += 0.2
+    reference = curve(level, curves.REFERENCE)
+    found = curves.verdict(curve(bent), reference, 0.1)
+    assert not found["within_noise"]
+    assert found["window_deviation_max"] == pytest.approx(0.2)
+
+
+def test_curves_survive_their_file_and_get_their_verdict_in_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    every = [curve(rng.random(curves.STEPS), curves.REFERENCE, order) for order in curves.ORDERS]
+    every.append(curve(np.asarray(every[0].loss)))
+    path = tmp_path / "curves.json"
+    curves.save_curves(path, {each.key: each for each in every})
+    kept = curves.load_curves(path)
+    assert list(kept) == [each.key for each in every]
+    assert np.allclose(kept[every[2].key].loss, every[2].loss, rtol=1e-6)
+    (verdict,) = json.loads(path.read_text())["verdicts"]
+    assert verdict["within_noise"] is True
+    assert verdict["noise"] > 0
+
+
+def test_only_keeps_the_runs_that_every_word_names() -> None:
+    runs = curves.wanted(["CLINC150", "nf4", "onnx"], training=True)
+    assert [(work.name, *rest) for work, *rest in runs] == [("CLINC150", "nf4", "onnx", 0)]
+    stacks = {stack for _, _, stack, _ in curves.wanted([], training=False)}
+    assert stacks == {curves.REFERENCE, "onnx", "torch"}
+
+
+def test_one_setting_moves_at_a_time_and_no_point_is_measured_twice() -> None:
+    every = list(growth.points([]))
+    assert len(every) == len(set(every))
+    for precision in growth.PRECISIONS:
+        middle = growth.Point(precision)
+        for axis in growth.AXES:
+            line = growth.axis_points(axis, precision)
+            assert middle in line
+            assert {vars(p)[n] for p in line for n in vars(p) if n != axis} == {
+                value for name, value in vars(middle).items() if name != axis
+            }
+
+
+def test_a_point_trains_layers_from_the_top_and_keeps_them_from_the_bottom() -> None:
+    variant = growth.Point("nf4", trained_layers=2, kept_layers=4, recomputed_layers=2).variant()
+    assert variant["lowest_trained_layer"] == 4
+    assert variant["kept_layers"] == (0, 1, 2, 3)
+    assert variant["recomputed_layers"] == (0, 1)
