@@ -64,8 +64,9 @@ class Client:
 
         Args:
             server: Address, ``host:port``.
-            data: Local rows: mappings with the task's columns, or pairs (text, label). They are
-                read when work arrives and never leave the device.
+            data: Local rows, as the run's task needs them: mappings with its columns, pairs of
+                input and label, or texts alone; docs/sdk.md has the list. They are read when work
+                arrives and never leave the device.
             store: Folder to keep state in, made if absent; one per client.
             memory_limit: Most resident memory the process may use, bytes or for example
                 ``"256MB"``; the server plans within it. None: what the system allows.
