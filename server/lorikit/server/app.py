@@ -156,8 +156,8 @@ class Coordinator:
 
     async def stop(self) -> None:
         """Hand out last adapters, answer what is in progress, and leave everything resumable."""
-        if self._grpc is not None and not await self._board.handed_out(self.config.handout_seconds):
-            logger.warning("some devices still lack the last adapter; they get it after a restart")
+        if self._grpc is not None:
+            await self._hand_out()
         self._is_stopping = True
         await self._health.enter_graceful_shutdown()
         self._board.stop()
@@ -168,6 +168,15 @@ class Coordinator:
         await asyncio.to_thread(self._offload.close)
         self._store.close()
         logger.info("stopped")
+
+    async def _hand_out(self) -> None:
+        """Let present devices fetch the last adapter; nothing keeps the server from stopping."""
+        try:
+            if await self._board.handed_out(self.config.handout_seconds):
+                return
+        except Exception:  # a store that fails now must not stand in the way
+            logger.exception("cannot tell which devices lack the last adapter")
+        logger.warning("some devices may lack the last adapter; they get it after a restart")
 
     def _sweep(self) -> None:
         """Remove what a killed server left half-written; nobody else writes yet."""
@@ -478,6 +487,8 @@ def open_run_parts(config: RunConfig, blobs: FolderBlobs) -> RunParts:
             scale=config.lora_scale,
             rank=rank,
             labels=config.labels,
+            task_kind=config.task_kind,
+            use_rslora=config.use_rslora,
         )
 
     return RunParts(
