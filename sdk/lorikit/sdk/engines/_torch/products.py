@@ -106,12 +106,22 @@ def _dequantized_4bit(
     if kernels is not None:
         values: Tensor = kernels.dequantized(codes, absmax, shape, block=block, kind=kind)
         return values
-    pairs = _byte_pairs(kind, codes.device).index_select(0, codes.reshape(-1).to(torch.int32))
+    levels = _level_pairs(kind, codes.device)
+    values = _looked_up(levels, codes.reshape(-1))
     count = torch.Size(shape).numel()
     if count % block:
         spread = absmax.repeat_interleave(block)[:count]
-        return (pairs.reshape(-1)[:count] * spread).reshape(shape)
-    return pairs.view(-1, block).mul_(absmax.reshape(-1, 1)).reshape(shape)
+        return (values[:count] * spread).reshape(shape)
+    return values.view(-1, block).mul_(absmax.reshape(-1, 1)).reshape(shape)
+
+
+def _looked_up(pairs: Tensor, codes: Tensor) -> Tensor:
+    """The two float32 values that each byte stands for, along the last axis.
+
+    A pair is read as one number of 64 bits, which is several times faster than two of 32.
+    """
+    found = pairs.index_select(0, codes.reshape(-1).to(torch.int32))
+    return found.view(torch.float32).reshape(*codes.shape[:-1], -1)
 
 
 @cache
@@ -123,11 +133,27 @@ def _kernels() -> ModuleType | None:
 
 
 @cache
-def _byte_pairs(kind: str, device: torch.device) -> Tensor:
-    """The two values that a byte stands for, float32 [256, 2]."""
+def _level_pairs(kind: str, device: torch.device) -> Tensor:
+    """The levels of a byte's high and low half, int64 [256] that hold two float32 each."""
     levels = torch.tensor(NF4_LEVELS if kind == "nf4" else FP4_LEVELS)
     byte = torch.arange(256)
-    return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1).to(device)
+    pairs = torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)
+    return pairs.view(torch.int64).reshape(-1).to(device)
+
+
+@cache
+def _nibble_pairs(device: torch.device) -> Tensor:
+    """A byte's low and high half less 8, int64 [256] that hold two float32 each."""
+    byte = torch.arange(256)
+    pairs = torch.stack([byte & 15, byte >> 4], dim=1).to(torch.float32) - 8
+    return pairs.view(torch.int64).reshape(-1).to(device)
+
+
+def _centred(codes: Tensor, bits: int, kind: torch.dtype) -> Tensor:
+    """Packed codes less the middle of their range, one a value along the last axis."""
+    if bits == 4:
+        return _looked_up(_nibble_pairs(codes.device), codes).to(kind)
+    return _unpacked(codes, bits).to(kind).sub_(1 << (bits - 1))
 
 
 def matmul_nbits(
@@ -144,12 +170,13 @@ def matmul_nbits(
         raise UnsupportedPackageError("MatMulNBits with a group index is unknown here")
     rows, columns = whole(attributes, "N", 0), whole(attributes, "K", 0)
     bits, block = whole(attributes, "bits", 4), whole(attributes, "block_size", 32)
-    values = _unpacked(codes.reshape(rows, -1), bits).to(scales.dtype)
+    values = _centred(codes.reshape(rows, -1), bits, scales.dtype)
     blocks = values.shape[1] // block
-    zero: Tensor | float = float(1 << (bits - 1))
+    values = values.view(rows, blocks, block)
     if zero_points is not None:
         zero = _zero_points(zero_points, rows, blocks, bits).to(scales.dtype)
-    values = values.view(rows, blocks, block).sub_(zero).mul_(scales.reshape(rows, blocks, 1))
+        values.sub_(zero - (1 << (bits - 1)))
+    values.mul_(scales.reshape(rows, blocks, 1))
     product = x @ values.view(rows, -1)[:, :columns].to(x.dtype).T
     return product if bias is None else product + bias
 
@@ -184,27 +211,26 @@ def gather_block_quantized(
     block = whole(attributes, "block_size", 128)
     if gathered != 0 or quantized != rank - 1:
         raise UnsupportedPackageError("GatherBlockQuantized reads rows of blocks along the end")
-    rows, zero = _rows(attributes, data, indices)
     scale = gather({}, scales, indices)
-    values = rows.to(scale.dtype)
+    values = _rows(attributes, data, indices, scale.dtype)
     if zero_points is not None:
-        points, _ = _rows(attributes, zero_points, indices)
-        _in_blocks(values, points[..., : scale.shape[-1]].to(scale.dtype), block, Tensor.sub_)
-    elif zero:
-        values.sub_(zero)
+        points = _rows(attributes, zero_points, indices, scale.dtype)
+        _in_blocks(values, points[..., : scale.shape[-1]], block, Tensor.sub_)
     _in_blocks(values, scale, block, Tensor.mul_)
     return values
 
 
-def _rows(attributes: Attributes, data: Value, indices: Tensor) -> tuple[Tensor, int]:
-    """Rows by index, one code an element, and the zero point where none is given."""
+def _rows(attributes: Attributes, data: Value, indices: Tensor, kind: torch.dtype) -> Tensor:
+    """Rows by index, one number a code; unsigned bytes are counted from the middle of their range.
+
+    That is the zero point where none is given; where one is, it is counted from there as well.
+    """
     if isinstance(data, Nibbles):
-        return gather({}, data.unpacked(), indices), 0
+        return gather({}, data.unpacked(), indices).to(kind)
     rows = gather({}, data, indices)
     if data.dtype != torch.uint8:
-        return rows, 0
-    bits = whole(attributes, "bits", 4)
-    return _unpacked(rows, bits), 1 << (bits - 1)
+        return rows.to(kind)
+    return _centred(rows, whole(attributes, "bits", 4), kind)
 
 
 def _in_blocks(

@@ -228,6 +228,8 @@ def scatter_elements(attributes: Attributes, x: Tensor, indices: Tensor, updates
     """A copy with single elements written, or added to, by their index along one axis."""
     axis = whole(attributes, "axis", 0) % x.dim()
     index = _counted_from_start(indices, x.shape[axis])
+    if text(attributes, "reduction", "none") == "none":
+        return x.scatter(axis, index, updates)
     grid = torch.meshgrid(*(torch.arange(n, device=x.device) for n in index.shape), indexing="ij")
     places = tuple(index if n == axis else grid[n] for n in range(x.dim()))
     return _written(attributes, x, places, updates)
