@@ -96,7 +96,7 @@ def session(graph: Graph, case: Case, blobs: FolderBlobs) -> Any:  # no types
     if precision in TABLES:
         by_table(graph, TABLES[precision])
     else:
-        nowhere = Architecture(class_name="product", layers="layer", head="head")
+        nowhere = Architecture(class_name="product", layers="layer", head="head", targets=())
         base = store_base(dict(graph.constants), set(), nowhere, precision, blobs.put)
         is_prepacked = read_weights(graph, base, "onnx", kernels).is_prepacked
     remove_dead(graph)

@@ -45,7 +45,7 @@ def linear(blobs: FolderBlobs, precision: str, kernels: str = "lean") -> Graph:
     graph.nodes.insert(1, Node("MatMul", ("y", "w"), ("z",)))
     graph.shapes["z"] = ("batch", 64)
     add_loss(graph)
-    architecture = Architecture(class_name="Toy", layers="layer", head="head")
+    architecture = Architecture(class_name="Toy", layers="layer", head="head", targets=())
     base = store_base({"w": graph.constants["w"]}, set(), architecture, precision, blobs.put)
     read_weights(graph, base, "onnx", kernels)
     remove_dead(graph)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from lorikit.server.errors import CompileError, UnsupportedModelError
 from lorikit.server.store.blobs import FolderBlobs
 
 F32 = np.dtype(np.float32)
-ARCHITECTURE = Architecture(class_name="Toy", layers="layer", head="head")
+ARCHITECTURE = Architecture(class_name="Toy", layers="layer", head="head", targets=())
 
 
 @pytest.fixture
@@ -322,6 +323,48 @@ def test_the_sliced_loss_of_a_stored_head(precision: str, blobs: FolderBlobs) ->
     assert report.tensors == {"head", "offset"}
     # Four slices of the head, each de-quantised once, and the rows of the labels.
     assert sum(use.tensor == "head" for use in report.uses) == 5
+
+
+def tied_loss_graph(blobs: FolderBlobs) -> tuple[Graph, KernelReport, Base]:
+    """Embedding, and the sliced loss of the same table as head; read as int8."""
+    graph = table_graph(150, 64)
+    base = stored_base(graph, "int8", blobs, "table")
+    graph.nodes, graph.outputs = graph.nodes[:1], []
+    gradient = add_vocabulary_loss(graph, "rows", "table", slice_bytes=4 * 64 * 40)
+    graph.outputs.append(Port(gradient, F32, graph.shape(gradient)))
+    report = read_weights(graph, base, "onnx")
+    remove_dead(graph)
+    return graph, report, base
+
+
+def test_a_table_that_is_read_by_rows_and_as_head_is_mapped_once(blobs: FolderBlobs) -> None:
+    graph, report, base = tied_loss_graph(blobs)
+
+    mapped = sum(place.length for place in graph.external.values())
+    assert mapped == base.stored["table"].encoded.nbytes
+    # Rows of the tokens and of the labels, and four slices.
+    assert len(report.uses) == 6
+
+
+def test_a_runtime_runs_slices_in_the_order_of_the_file(blobs: FolderBlobs, tmp_path: Path) -> None:
+    graph = tied_loss_graph(blobs)[0]
+    path = blobs.path(blobs.put(to_onnx(graph).SerializeToString(deterministic=True)).digest)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    options.enable_profiling = True
+    options.profile_file_prefix = str(tmp_path / "profile")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    ids = np.array([[0, 149, 7]])
+    session.run(None, {"ids": ids, "labels": ids, "weights": np.full((1, 3), 1 / 3, np.float32)})
+    events = json.loads(Path(session.end_profiling()).read_text())
+
+    names = [event["name"] for event in events if event["name"].endswith("_kernel_time")]
+    ran = [name.removesuffix("_kernel_time") for name in names]
+    # Lengths run as soon as they can be read, wherever they stand.
+    lengths = {node.outputs[0] for node in graph.nodes if node.op == "Shape"}
+    expected = [node.outputs[0] for node in graph.nodes if node.op != "Shape"]
+    assert [name for name in ran if name not in lengths] == expected
 
 
 def test_rows_that_cut_a_block_are_refused(blobs: FolderBlobs) -> None:
