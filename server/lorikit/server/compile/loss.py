@@ -216,6 +216,3 @@ def _output(graph: Graph, value: str, name: str) -> None:
     graph.nodes.append(Node("Identity", (value,), (name,)))
     graph.shapes[name] = ()
     graph.outputs.append(Port(name, np.dtype(np.float32), ()))
-
-
-add_classification_loss = add_loss
