@@ -45,6 +45,8 @@ class Choice:
     micro_batch: int
     predicted_peak_memory_bytes: int
     """With what was learnt of the device's class."""
+    memory_factor: float = 1.0
+    """What was learnt: the prediction is that of the graph times this factor."""
     runtime: str
     recomputed_layers: tuple[int, ...] = ()
     """Layers whose forward values are made again for the backward pass."""
@@ -249,6 +251,7 @@ class Planner:
             precision=chosen.precision,
             micro_batch=chosen.micro_batch,
             predicted_peak_memory_bytes=self._peak(profile, job, chosen),
+            memory_factor=self._corrections.factor(profile.device_class),
             runtime=_runtime(profile),
             recomputed_layers=job.trained[: chosen.recomputed],
             kernels=chosen.kernels,
