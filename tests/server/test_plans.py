@@ -120,8 +120,12 @@ def test_operations_that_a_device_lacks_are_listed(plan_of):
     )
 
 
-def test_update_has_the_assigned_ranks(plan_of):
-    wanted = assignment()
+def test_update_has_the_assigned_ranks_and_smaller_ones_only_after_pruning(plan_of):
+    plain, wanted = assignment(), assignment(operations=(PRUNE,))
+    assert {
+        t.rank_axis
+        for t in expected_update(plan_of(plain), plain, ADAPTER, classes=len(LABELS)).values()
+    } == {None}
     expected = expected_update(plan_of(wanted), wanted, ADAPTER, classes=len(LABELS))
 
     assert expected["encoder.layer.0.query.lora_A.weight"].shape == (3, 6)

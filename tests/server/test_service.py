@@ -417,12 +417,12 @@ LORA_A = "encoder.layer.0.query.lora_A.weight"
         (lambda t: t.update({HEAD: t[HEAD].T}), HEAD),
         (lambda t: t.update({LORA_A: np.ones((9, 6), "f4")}), LORA_A),
         (lambda t: t.update({LORA_A: np.ones((0, 6), "f4")}), LORA_A),
-        (lambda t: t.update({LORA_A: t[LORA_A][:2]}), "of its pair"),
+        (lambda t: t.update({LORA_A: t[LORA_A][:2]}), LORA_A),
         (lambda t: t[HEAD].fill(np.nan), HEAD),
         (lambda t: t[HEAD].fill(np.inf), HEAD),
         (lambda t: t[HEAD].fill(1e6), "joint norm"),
     ],
-    ids=["missing", "extra", "shape", "rank", "empty", "pair", "nan", "inf", "norm"],
+    ids=["missing", "extra", "shape", "rank", "empty", "smaller", "nan", "inf", "norm"],
 )
 def test_update_that_breaks_a_rule_is_refused_by_name(working, change, named):
     device, task, data = working
@@ -435,17 +435,58 @@ def test_update_that_breaks_a_rule_is_refused_by_name(working, change, named):
     assert not device.heartbeat(task).go_on
 
 
-def test_update_of_smaller_rank_is_accepted(working):
-    device, task, data = working
+def pruned(tensors):
+    for name, values in tensors.items():
+        if "lora_A" in name:
+            tensors[name] = values[:2]
+        if "lora_B" in name:
+            tensors[name] = values[:, :2]
 
-    def prune(tensors):
-        for name, values in tensors.items():
-            if "lora_A" in name:
-                tensors[name] = values[:2]
-            if "lora_B" in name:
-                tensors[name] = values[:, :2]
 
-    assert not device.upload(task, changed(data, prune)).duplicate
+@pytest.fixture
+def pruning(server, make_device, tmp_path):
+    """A device, and its open task whose plan prunes."""
+    server.create_run(run_config(tmp_path, rounds=1, min_devices=1, method="hetlora"))
+    device = make_device()
+    return device, device.task()
+
+
+def test_update_of_smaller_rank_is_accepted_where_the_plan_prunes(server, pruning):
+    device, task = pruning
+
+    assert [operation.name for operation in task.plan.operations] == ["prune_tail"]
+    assert not device.upload(task, changed(device.update(task), pruned)).duplicate
+    assert server.wait("test", timeout=20).state is RunState.FINISHED
+
+
+def test_factors_of_a_pair_must_have_one_rank(pruning):
+    device, task = pruning
+    data = changed(device.update(task), lambda t: t.update({LORA_A: t[LORA_A][:2]}))
+
+    with pytest.raises(grpc.RpcError) as caught:
+        device.upload(task, data)
+
+    assert error_code(caught.value) is ErrorCode.UPDATE_INVALID
+    assert "of its pair" in caught.value.details()
+
+
+def test_update_of_smaller_rank_is_refused_elsewhere_and_the_run_goes_on(
+    server, make_device, tmp_path
+):
+    server.create_run(run_config(tmp_path, rounds=1, min_devices=2, min_updates=1))
+    devices = [make_device(f"installation-{n}") for n in range(2)]
+    for device in devices:
+        device.next_task(0.0)
+    tasks = [device.task() for device in devices]
+    updates = [d.update(t) for d, t in zip(devices, tasks, strict=True)]
+
+    with pytest.raises(grpc.RpcError) as caught:
+        devices[0].upload(tasks[0], changed(updates[0], pruned))
+    devices[1].upload(tasks[1], updates[1])
+
+    assert error_code(caught.value) is ErrorCode.UPDATE_INVALID
+    assert "shape (2, 6) is not (4, 6)" in caught.value.details()
+    assert server.wait("test", timeout=20).state is RunState.FINISHED
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00garbage" * 100])

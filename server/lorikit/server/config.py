@@ -140,6 +140,10 @@ class RunConfig(_Settings):
     lora_scale: Annotated[float, Field(gt=0)] = 2.0
     """LoRA scale s = alpha / r, the same at every rank."""
 
+    use_rslora: bool = False
+    """Whether adapters are written as rank-stabilised LoRA, alpha / sqrt(r); the scale stays
+    ``lora_scale``."""
+
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = (
         "fp32",
         "fp16",
@@ -221,6 +225,10 @@ class RunConfig(_Settings):
             raise ValueError(
                 f"evaluation_data: the server does not measure {self.task_kind}; "
                 "drop it and set evaluate_on_devices"
+            )
+        if self.use_rslora and self.adapter not in ("lora", "dora"):
+            raise ValueError(
+                f"use_rslora: adapter {self.adapter!r} has no rank; drop it, or use lora or dora"
             )
         if self.min_rank > self.max_rank:
             raise ValueError(

@@ -86,7 +86,8 @@ class ExpectedTensor:
     shape: tuple[int, ...]
     """Lengths; on the rank axis the largest allowed."""
     rank_axis: int | None = None
-    """Axis of the LoRA rank, which may come back shorter (after pruning), never longer or empty."""
+    """Axis of the LoRA rank where the plan prunes, so that it may come back shorter, never longer
+    or empty; else the rank is the assigned one."""
     module: str = ""
     """LoRA module; its two tensors have one rank."""
     is_statistic: bool = False
@@ -255,8 +256,11 @@ def expected_update(
     """What the update of that plan must hold."""
     tensors = {tensor.name: tensor for tensor in adapter}
     is_change = plan.wire is not None and plan.wire.delta
+    prunes = any(operation.name == "prune_tail" for operation in plan.operations)
     expected = {
-        name: dataclasses.replace(_expected(tensors[name], assignment), is_change=is_change)
+        name: dataclasses.replace(
+            _expected(tensors[name], assignment, prunes=prunes), is_change=is_change
+        )
         for name in plan.send
         if name in tensors
     }
@@ -360,13 +364,13 @@ def _statistics(
     return shapes
 
 
-def _expected(tensor: AdapterTensor, assignment: Assignment) -> ExpectedTensor:
+def _expected(tensor: AdapterTensor, assignment: Assignment, *, prunes: bool) -> ExpectedTensor:
     if "rank" not in tensor.shape:
         return ExpectedTensor(shape=tuple(int(length) for length in tensor.shape))
     rank = assignment.ranks[tensor.module]
     return ExpectedTensor(
         shape=tuple(rank if length == "rank" else int(length) for length in tensor.shape),
-        rank_axis=tensor.shape.index("rank"),
+        rank_axis=tensor.shape.index("rank") if prunes else None,
         module=tensor.module,
     )
 
