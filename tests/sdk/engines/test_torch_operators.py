@@ -239,6 +239,9 @@ def _products() -> list[Case]:
                  constants=(1, 2))
             for lead in ((3,), (2, 3), (1,))
         ),
+        Case("MatMulBnb4", (f(3, 16), *_nf4(6, 16)[:1], np.abs(f(2))),
+             {"K": 16, "N": 6, "block_size": 64, "quant_type": 0}, domain=MICROSOFT,
+             constants=(1, 2)),
         Case("MatMulBnb4", (np.ones((1, 1), np.float32), *_nf4(6, 64)),
              {"K": 1, "N": 384, "block_size": 64, "quant_type": 1}, domain=MICROSOFT,
              constants=(1, 2)),
