@@ -5,7 +5,8 @@ The reference is a stock transformers model whose frozen weights are the de-quan
 package, with the adapter loaded by stock PEFT and moved by ``torch.optim.AdamW``. Each engine runs
 in a process of its own, gets the same batches in the same order from the same adapter, and is moved
 by the device's optimiser. Two more references at fp32 read the data in other orders: how far they
-lie apart is the noise.
+lie apart is the noise. A control is the reference itself, started from an adapter that differs in
+the last bit: as far as it strays, rounding alone leads.
 
     python benchmarks/curves.py DATA_FOLDER MODELS_FOLDER [--training-python PYTHON]
         [--only WORD ...] [--draw]
@@ -50,8 +51,11 @@ ORDERS = (0, 1, 2)
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "nf4")
 ENGINES = ("onnx", "onnx-training", "torch")
 REFERENCE = "torch + PEFT"
+CONTROL = "control"
+"""The reference once more, from an adapter that differs in the last bit."""
 
 Row = Mapping[str, object]
+Adapter = dict[str, npt.NDArray[np.float32]]
 Batches = list[dict[str, npt.NDArray[Any]]]
 
 
@@ -122,6 +126,16 @@ def drawn(examples: int, batch: int, steps: int, seed: int) -> npt.NDArray[np.in
     return np.concatenate(orders)[: steps * batch].reshape(steps, batch)
 
 
+def last_bit_changed(adapter: Adapter) -> Adapter:
+    """Every value moved to one of its two neighbours in float32, at random; zeros stay."""
+    rng = np.random.default_rng(0)
+    moved = {}
+    for name, value in adapter.items():
+        towards = np.where(rng.random(value.shape) < 0.5, -np.inf, np.inf).astype(np.float32)
+        moved[name] = np.where(value == 0, value, np.nextafter(value, towards))
+    return moved
+
+
 @dataclass(frozen=True)
 class Bench:
     """One compiled work with its batches."""
@@ -130,7 +144,7 @@ class Bench:
     compiler: Compiler
     model: Path
     folder: Path
-    adapter: dict[str, npt.NDArray[np.float32]]
+    adapter: Adapter
     batches: dict[int, Batches]
     bases: Callable[[str], Base]
 
@@ -157,11 +171,12 @@ class Bench:
             self.work.name, precision, engine, ORDERS[0], tuple(answer["loss"]), answer["seconds"]
         )
 
-    def reference_curve(self, precision: str, order: int) -> Curve:
+    def reference_curve(self, precision: str, stack: str, order: int) -> Curve:
         """Train the stock model with stock PEFT on the same de-quantised base."""
         import torch
 
-        model = self._stock_model(precision)
+        adapter = self.adapter if stack == REFERENCE else last_bit_changed(self.adapter)
+        model = self._stock_model(precision, adapter)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=self.work.learning_rate, weight_decay=WEIGHT_DECAY
@@ -181,9 +196,9 @@ class Bench:
             optimizer.step()
             losses.append(float(loss.detach()))
         seconds = time.perf_counter() - started
-        return Curve(self.work.name, precision, REFERENCE, order, tuple(losses), seconds)
+        return Curve(self.work.name, precision, stack, order, tuple(losses), seconds)
 
-    def _stock_model(self, precision: str) -> Any:  # PEFT has no types
+    def _stock_model(self, precision: str, adapter: Adapter) -> Any:  # PEFT has no types
         import peft
         import torch
         import transformers
@@ -207,7 +222,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             write_adapter(
                 Path(folder) / "adapter",
-                self.adapter,
+                adapter,
                 space=self.compiler.space(RANK),
                 base_model=str(self.model),
                 targets=self.work.targets,
@@ -333,8 +348,10 @@ def noise(references: Sequence[Curve]) -> float:
     return float(np.sqrt(means.var(0, ddof=1).mean()))
 
 
-def verdict(curve: Curve, reference: Curve, spread: float) -> dict[str, object]:
-    """How far a curve lies from the reference that saw the same batches."""
+def verdict(
+    curve: Curve, reference: Curve, spread: float, control: Curve | None = None
+) -> dict[str, object]:
+    """How far a curve, and the control, lie from the reference that saw the same batches."""
     steps = np.abs(np.asarray(curve.loss) - np.asarray(reference.loss))
     apart = np.abs(windows(curve.loss) - windows(reference.loss))
     return {
@@ -344,6 +361,8 @@ def verdict(curve: Curve, reference: Curve, spread: float) -> dict[str, object]:
         "within_noise": bool(apart.max() <= spread),
         "window_deviation_max": rounded(apart.max()),
         "noise": rounded(spread),
+        "control_window_deviation_max": control
+        and rounded(np.abs(windows(control.loss) - windows(reference.loss)).max()),
         "step_deviation_first": rounded(steps[0]),
         "step_deviation_mean": rounded(steps.mean()),
         "step_deviation_max": rounded(steps.max()),
@@ -363,8 +382,9 @@ def verdicts(curves: Mapping[tuple[str, str, str, int], Curve]) -> list[dict[str
         reference = curves.get((curve.work, curve.precision, REFERENCE, ORDERS[0]))
         orders = [curves.get((curve.work, "fp32", REFERENCE, order)) for order in ORDERS]
         spread = [each for each in orders if each is not None]
-        if curve.stack != REFERENCE and reference and len(spread) == len(ORDERS):
-            rows.append(verdict(curve, reference, noise(spread)))
+        control = curves.get((curve.work, curve.precision, CONTROL, ORDERS[0]))
+        if curve.stack in ENGINES and reference and len(spread) == len(ORDERS):
+            rows.append(verdict(curve, reference, noise(spread), control))
     return rows
 
 
@@ -414,6 +434,7 @@ def wanted(only: Sequence[str], training: bool) -> list[tuple[Work, str, str, in
         runs = [("fp32", REFERENCE, order) for order in ORDERS]
         runs += [(p, REFERENCE, ORDERS[0]) for p in PRECISIONS if p != "fp32"]
         runs += [(p, engine, ORDERS[0]) for p, engine in itertools.product(PRECISIONS, ENGINES)]
+        runs += [(p, CONTROL, ORDERS[0]) for p in PRECISIONS]
         every += [(work, *each) for each in runs if training or each[1] != "onnx-training"]
     return [
         each
@@ -436,8 +457,8 @@ def measure(options: argparse.Namespace) -> None:
                 work, options.data, options.models, Path(name), options.training_python
             )
             for _, precision, stack, order in missing:
-                if stack == REFERENCE:
-                    curve = bench.reference_curve(precision, order)
+                if stack in (REFERENCE, CONTROL):
+                    curve = bench.reference_curve(precision, stack, order)
                 else:
                     curve = bench.engine_curve(precision, stack, options.training_python)
                 curves[curve.key] = curve
@@ -504,11 +525,17 @@ def _draw_curves(
     reference = curves.get((work.name, precision, REFERENCE, ORDERS[0]))
     if reference is None:
         return
-    means = np.array([smooth(curve.loss) for curve in references])
-    above.fill_between(
-        steps, means.min(0), means.max(0), color="#bbbbbb", alpha=0.5, linewidth=0,
-        label="three orders of the data (fp32)",
-    )  # fmt: skip
+    if references:
+        means = np.array([smooth(curve.loss) for curve in references])
+        above.fill_between(
+            steps,
+            means.min(0),
+            means.max(0),
+            color="#bbbbbb",
+            alpha=0.5,
+            linewidth=0,
+            label="three orders of the data (fp32)",
+        )
     above.plot(steps, smooth(reference.loss), color="#222222", lw=4, alpha=0.45, label=REFERENCE)
     for engine, style in zip(ENGINES, ("-", "--", ":"), strict=True):
         curve = curves.get((work.name, precision, engine, ORDERS[0]))
@@ -517,6 +544,10 @@ def _draw_curves(
         above.plot(steps, smooth(curve.loss), style, color=colours[engine], lw=1.3, label=engine)
         apart = np.abs(np.asarray(curve.loss) - np.asarray(reference.loss))
         below.plot(steps, np.maximum(apart, 1e-7), color=colours[engine], lw=0.7, alpha=0.8)
+    control = curves.get((work.name, precision, CONTROL, ORDERS[0]))
+    if control is not None:
+        apart = np.abs(np.asarray(control.loss) - np.asarray(reference.loss))
+        below.plot(steps, np.maximum(apart, 1e-7), color="#222222", lw=0.7, label="control")
     below.set_yscale("log")
     below.set_ylim(1e-7, 1)
     below.set_yticks([1e-6, 1e-4, 1e-2])

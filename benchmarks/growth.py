@@ -5,6 +5,10 @@ One setting at a time moves away from the middle: micro-batch, length, rank, dep
 layers recomputed. Each point is a device process of its own (``lorikit.sdk._rehearsal``: executor,
 optimiser and journal included), whose peak is the operating system's figure for the whole process.
 
+Time is the processor time of a step on one thread, by the operating system: it says something on a
+machine that is shared, too, where the time that passes says nothing. The planner's seconds are for
+a device of known speed; here one speed, that of the middle point at int8, serves all.
+
     python benchmarks/growth.py [--model FOLDER] [--only AXIS ...] [--repeats 3] [--predict]
 
 What is in the output already is not measured again. ``--predict`` renews predictions alone.
@@ -13,6 +17,7 @@ What is in the output already is not measured again. ``--predict`` renews predic
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -20,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,7 +38,11 @@ LAYERS = 6
 """Of MiniLM."""
 CLASSES = 150
 STEPS = 4
+"""Of a process whose memory is measured; the peak is reached in the first ones."""
+CLOCKED = 3
+"""Steps of which the median processor time is taken, after one that does not count."""
 THREADS = 2
+"""Of a process whose memory is measured."""
 BASELINE_BYTES = 54_000_000
 """Resident memory of an app before training, as ``lorikit profile`` assumes it."""
 WORDS = "account transfer weather balance card please what is the my in of to a"
@@ -127,6 +137,66 @@ def rehearse(compiler: Compiler, point: Point, folder: Path) -> dict[str, float]
     return result
 
 
+def clock(compiler: Compiler, alike: Sequence[Point], folder: Path) -> list[list[float]]:
+    """Processor seconds of single steps, by point, of points that share a package."""
+    package = compiler.package(**alike[0].variant())
+    request = json.dumps([asdict(point) for point in alike])
+    command = [sys.executable, __file__, "--clock", str(folder), package.ref.digest, request]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{alike[0]} failed:\n{done.stderr[-2000:]}")
+    result: list[list[float]] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def clocked(folder: Path, digest: str, alike: Sequence[Point]) -> list[list[float]]:
+    """What ``clock`` asks for; run in a process of its own."""
+    import numpy as np
+
+    from lorikit.proto.manifest import load
+    from lorikit.proto.plan import OptimizerConfig
+    from lorikit.sdk._optimizer import initial_slots, updated
+    from lorikit.sdk.engines import open_engine
+    from lorikit.sdk.engines.base import Batch
+
+    manifest = load((folder / digest).read_bytes())
+    engine = open_engine("onnx", manifest, folder, threads=1)
+    config = OptimizerConfig()
+    rng = np.random.default_rng(0)
+    every = []
+    for point in alike:
+        shape = (point.micro_batch, point.length)
+        ids = rng.integers(1000, 2000, shape)
+        batch = Batch(
+            inputs={"input_ids": ids, "attention_mask": np.ones_like(ids)},
+            labels=rng.integers(0, CLASSES, point.micro_batch),
+            weights=np.full(point.micro_batch, 1 / point.micro_batch, np.float32),
+        )
+        shapes = {
+            t.name: [point.rank if n == "rank" else int(n) for n in t.shape]
+            for t in manifest.adapter
+        }
+        adapter = {n: rng.normal(0, 0.02, s).astype(np.float32) for n, s in shapes.items()}
+        slots = {name: initial_slots(config, value) for name, value in adapter.items()}
+        times = []
+        for step in range(CLOCKED + 1):
+            started = time.process_time()
+            gradients = engine.gradients(adapter, batch, {"lora_scale": 2.0}).gradients
+            for name, gradient in gradients.items():
+                adapter[name], slots[name] = updated(
+                    adapter[name],
+                    gradient,
+                    slots[name],
+                    config,
+                    learning_rate=config.learning_rate,
+                    step=step,
+                )
+            times.append(time.process_time() - started)
+        every.append(times[1:])
+    engine.close()
+    return every
+
+
 def predict(compiler: Compiler, point: Point) -> dict[str, Any]:
     """What the planner expects: bytes, part by part, and seconds at an assumed speed."""
     from lorikit.server.planner.speed import step_seconds
@@ -156,16 +226,24 @@ def predict(compiler: Compiler, point: Point) -> dict[str, Any]:
 
 def measured(figures: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     peaks = [int(each["peak_memory_bytes"]) for each in figures]
-    seconds = [each["seconds_per_step"] for each in figures]
     return {
         "measured_peak_memory_bytes": int(statistics.median(peaks)),
         "measured_peak_memory_range": [min(peaks), max(peaks)],
         "anonymous_memory_bytes": int(
             statistics.median(each["anonymous_memory_bytes"] for each in figures)
         ),
-        "measured_seconds": statistics.median(seconds),
-        "measured_seconds_range": [min(seconds), max(seconds)],
     }
+
+
+def measured_time(seconds: Sequence[float]) -> dict[str, Any]:
+    return {
+        "measured_seconds": rounded(statistics.median(seconds)),
+        "measured_seconds_range": [rounded(min(seconds)), rounded(max(seconds))],
+    }
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 Rows = dict[Point, dict[str, Any]]
@@ -186,8 +264,9 @@ def save_rows(path: Path, rows: Rows) -> None:
     settings = {
         "command": "python benchmarks/growth.py",
         "model": f"all-MiniLM-L6-v2, LoRA on query and value, {CLASSES} classes",
-        "machine": f"{platform.machine()}, {THREADS} threads, shared with other work: memory is "
-        "exact, seconds are not",
+        "machine": f"{platform.machine()}, shared with other work",
+        "memory": f"peak of a whole process, {THREADS} threads",
+        "time": "processor seconds of a step on one thread",
         "steps": STEPS,
         "baseline_bytes": BASELINE_BYTES,
     }
@@ -214,12 +293,26 @@ def measure(options: argparse.Namespace) -> None:
         )
         for point in points(options.only):
             row = rows.get(point, {})
-            if not options.predict and "measured_seconds" not in row:
+            if not options.predict and "measured_peak_memory_bytes" not in row:
                 figures = [rehearse(compiler, point, folder) for _ in range(options.repeats)]
-                row = measured(figures)
+                row = {**row, **measured(figures)}
             rows[point] = {**row, **predict(compiler, point)}
             save_rows(options.output, rows)
             print(line(point, rows[point]), flush=True)
+        if not options.predict:
+            clock_all(compiler, rows, options, folder)
+
+
+def clock_all(compiler: Compiler, rows: Rows, options: argparse.Namespace, folder: Path) -> None:
+    """Add what is missing of processor times, package by package."""
+    missing = [p for p in points(options.only) if "measured_seconds" not in rows[p]]
+    missing.sort(key=lambda point: str(point.variant()))
+    for _, group in itertools.groupby(missing, key=lambda point: str(point.variant())):
+        alike = list(group)
+        for point, seconds in zip(alike, clock(compiler, alike, folder), strict=True):
+            rows[point] |= measured_time(seconds)
+            print(point, rows[point]["measured_seconds"], "s", flush=True)
+        save_rows(options.output, rows)
 
 
 def line(point: Point, row: Mapping[str, Any]) -> str:
@@ -236,6 +329,15 @@ def errors(rows: Rows, only: Iterable[Point]) -> list[float]:
     ]
 
 
+def speed(rows: Rows) -> float:
+    """Predicted seconds to seconds here: one factor for all points, from the middle at int8."""
+    middle = rows.get(Point(PRECISIONS[0]), {})
+    if "measured_seconds" not in middle:
+        return 1.0
+    factor: float = middle["measured_seconds"] / middle["predicted_seconds"]
+    return factor
+
+
 def draw(path: Path, picture: Path) -> None:
     """Memory above, time below, a column an axis."""
     import matplotlib as mpl
@@ -246,41 +348,36 @@ def draw(path: Path, picture: Path) -> None:
     rows = load_rows(path)
     colours = dict(zip(PRECISIONS, ("#0072B2", "#D55E00"), strict=True))
     figure, axes = plt.subplots(
-        2, len(AXES), figsize=(17, 6.6), sharey="row", gridspec_kw={"wspace": 0.06, "hspace": 0.12}
+        2, len(AXES), figsize=(17, 6.8), sharey="row", gridspec_kw={"wspace": 0.06, "hspace": 0.12}
     )
     for column, (axis, (title, values)) in enumerate(AXES.items()):
         for precision in PRECISIONS:
             chosen = [point for point in axis_points(axis, precision) if point in rows]
-            chosen = [point for point in chosen if "measured_seconds" in rows[point]]
-            at = [getattr(point, axis) for point in chosen]
-            middle = rows.get(Point(precision), {})
-            for above, what, unit in (
-                (axes[0][column], "peak_memory_bytes", 1e6),
-                (axes[1][column], "seconds", 1e-3),
+            for row, (what, scale) in enumerate(
+                (("peak_memory_bytes", 1e-6), ("seconds", 1e3 * speed(rows)))
             ):
-                # The planner's seconds are for a device of assumed speed: only their growth counts.
-                speed = 1.0
-                if what == "seconds" and "measured_seconds" in middle:
-                    speed = middle["measured_seconds"] / middle["predicted_seconds"]
-                seen = [rows[point][f"measured_{what}"] / unit for point in chosen]
-                expected = [rows[point][f"predicted_{what}"] * speed / unit for point in chosen]
-                above.plot(at, seen, "o", color=colours[precision], label=f"{precision}, measured")
-                above.plot(
-                    at, expected, "-", color=colours[precision], lw=1.4, alpha=0.8,
-                    label=f"{precision}, predicted",
-                )  # fmt: skip
-        for above in (axes[0][column], axes[1][column]):
-            above.grid(color="#e5e5e5", lw=0.6)
-            above.set_axisbelow(True)
+                unit = 1e-6 if row == 0 else 1e3
+                both = [point for point in chosen if f"measured_{what}" in rows[point]]
+                at = [getattr(point, axis) for point in both]
+                seen = [rows[point][f"measured_{what}"] * unit for point in both]
+                expected = [rows[point][f"predicted_{what}"] * scale for point in both]
+                colour = colours[precision]
+                place = axes[row][column]
+                place.plot(at, seen, "o", color=colour, ms=5, label=f"{precision}, measured")
+                place.plot(at, expected, color=colour, lw=1.4, label=f"{precision}, predicted")
+        for place in (axes[0][column], axes[1][column]):
+            place.grid(color="#e5e5e5", lw=0.6)
+            place.set_axisbelow(True)
             if axis in ("micro_batch", "length", "rank"):
-                above.set_xscale("log", base=2)
-            above.set_xticks(values, [str(value) for value in values])
-            above.minorticks_off()
-            above.set_ylim(bottom=0)
+                place.set_xscale("log", base=2)
+            place.set_xticks(values, [str(value) for value in values])
+            place.minorticks_off()
         axes[0][column].tick_params(labelbottom=False)
         axes[1][column].set_xlabel(title)
+    for place in axes[:, 0]:
+        place.set_ylim(bottom=0)
     axes[0][0].set_ylabel("peak memory of the process, MB")
-    axes[1][0].set_ylabel("median step, ms (shared machine;\nprediction scaled at the middle)")
+    axes[1][0].set_ylabel("processor time of a step, ms\n(one speed for all predictions)")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="upper center", ncols=4, frameon=False, bbox_to_anchor=(0.5, 0.955)
@@ -306,7 +403,13 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="draw what is there, run nothing")
     parser.add_argument("--output", type=Path, default=Path("docs/results/growth.json"))
     parser.add_argument("--picture", type=Path, default=Path("docs/images/growth.png"))
+    parser.add_argument("--clock", nargs=3, metavar=("FOLDER", "DIGEST", "POINTS"))
     options = parser.parse_args()
+    if options.clock:
+        folder, digest, request = options.clock
+        alike = [Point(**fields) for fields in json.loads(request)]
+        print(json.dumps(clocked(Path(folder), digest, alike)))
+        return
     if not options.draw:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         if options.model is None:

@@ -67,10 +67,20 @@ def test_one_bad_window_is_enough_to_fall_out_of_the_noise() -> None:
     assert found["window_deviation_max"] == pytest.approx(0.2)
 
 
+def test_the_control_starts_one_bit_away_and_keeps_zeros() -> None:
+    adapter = {"a": np.array([0.5, -1.5, 0.0], np.float32)}
+    moved = curves.last_bit_changed(adapter)["a"]
+    assert moved.dtype == np.float32
+    assert moved[2] == 0
+    assert np.array_equal(np.abs(moved - adapter["a"])[:2] > 0, [True, True])
+    assert np.allclose(moved, adapter["a"], rtol=2e-7)
+
+
 def test_curves_survive_their_file_and_get_their_verdict_in_it(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     every = [curve(rng.random(curves.STEPS), curves.REFERENCE, order) for order in curves.ORDERS]
     every.append(curve(np.asarray(every[0].loss)))
+    every.append(curve(np.asarray(every[0].loss) + 0.25, curves.CONTROL))
     path = tmp_path / "curves.json"
     curves.save_curves(path, {each.key: each for each in every})
     kept = curves.load_curves(path)
@@ -79,13 +89,14 @@ def test_curves_survive_their_file_and_get_their_verdict_in_it(tmp_path: Path) -
     (verdict,) = json.loads(path.read_text())["verdicts"]
     assert verdict["within_noise"] is True
     assert verdict["noise"] > 0
+    assert verdict["control_window_deviation_max"] == pytest.approx(0.25)
 
 
 def test_only_keeps_the_runs_that_every_word_names() -> None:
     runs = curves.wanted(["CLINC150", "nf4", "onnx"], training=True)
     assert [(work.name, *rest) for work, *rest in runs] == [("CLINC150", "nf4", "onnx", 0)]
     stacks = {stack for _, _, stack, _ in curves.wanted([], training=False)}
-    assert stacks == {curves.REFERENCE, "onnx", "torch"}
+    assert stacks == {curves.REFERENCE, curves.CONTROL, "onnx", "torch"}
 
 
 def test_one_setting_moves_at_a_time_and_no_point_is_measured_twice() -> None:
