@@ -107,12 +107,12 @@ def test_text_shows_parts_and_remedies(capsys):
     assert "a: r s" in shown
 
 
-def test_model_without_usual_targets_asks_for_them(tmp_path: Path, capsys):
+def test_unknown_kind_of_model_is_a_model_error(tmp_path: Path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
 
-    assert run(["profile", "--model", str(tmp_path)]) == ExitCode.USAGE
+    assert run(["profile", "--model", str(tmp_path)]) == ExitCode.MODEL
 
-    assert "--targets" in capsys.readouterr().err
+    assert "resnet" in capsys.readouterr().err
 
 
 def device_class(name: str, limit: int) -> DeviceClass:

@@ -17,7 +17,7 @@ from lorikit.server.compile.onnx_format import to_onnx
 from lorikit.server.compile.recompute import recompute_layers
 
 F32 = np.dtype(np.float32)
-LAYERS = Architecture(class_name="Toy", layers="layer", head="head")
+LAYERS = Architecture(class_name="Toy", layers="layer", head="head", targets=())
 WIDTH = 4
 ROW = ("batch", WIDTH)
 

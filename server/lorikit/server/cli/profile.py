@@ -54,7 +54,7 @@ def profile(
     ),
     labels: Annotated[int, typer.Option(min=2, help="Number of classes of the task.")] = 2,
     targets: Annotated[
-        str, typer.Option(help="Modules that get LoRA, with commas; empty for PEFT's own choice.")
+        str, typer.Option(help="Modules that get LoRA, with commas; empty for the usual ones.")
     ] = "",
     rank: Annotated[int, typer.Option(min=1, help="Largest LoRA rank.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per optimiser step.")] = 8,
@@ -97,7 +97,7 @@ def profile(
         compiler = Compiler(
             model,
             wanted,
-            targets=_split(targets) or _usual_targets(model),
+            targets=_split(targets),
             blobs=FolderBlobs(Path(folder)),
             progress=announce,
         )
@@ -179,23 +179,6 @@ def _chosen(names: Sequence[str], path: Path | None) -> list[DeviceClass]:
             "reads your own from TOML",
         )
     return [known[name] for name in names or known]
-
-
-def _usual_targets(model: Path) -> tuple[str, ...]:
-    """Modules that PEFT gives LoRA to in models of this type.
-
-    Raises:
-        CommandError: PEFT knows none.
-    """
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL
-    from transformers import AutoConfig
-
-    kind = str(AutoConfig.from_pretrained(model, local_files_only=True).model_type)
-    if kind not in USUAL:
-        raise CommandError(
-            ExitCode.USAGE, f"give --targets: PEFT has no usual ones for model type {kind!r}"
-        )
-    return tuple(USUAL[kind])
 
 
 def _split(text: str) -> tuple[str, ...]:
