@@ -14,6 +14,7 @@ WORDS = ["<unk>", "<s>", "</s>", *(f"w{n}" for n in range(93))]
 
 def write_tiny_llama(folder: Path, *, layers: int = 2) -> Path:
     """Hidden 64, 4 heads on 2 key heads, a tokeniser of words that begins texts with ``<s>``."""
+    folder.mkdir(exist_ok=True)
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="<unk>")
     )
