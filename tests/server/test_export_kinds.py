@@ -89,7 +89,7 @@ def model_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
                 torch.manual_seed(1)
                 module = MODELS[name]()
                 for parameter in module.parameters():
-                    torch.nn.init.normal_(parameter, std=0.2)
+                    torch.nn.init.normal_(parameter, std=0.5)
             module.save_pretrained(folder)
             shutil.copy(tiny_model / "tokenizer.json", folder)
             if name == "vit":

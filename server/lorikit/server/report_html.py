@@ -10,6 +10,7 @@ from importlib import resources
 from string import Template
 from typing import Any
 
+from lorikit.server.methods import FACTS
 from lorikit.server.report_charts import (
     Curve,
     LayerRow,
@@ -74,16 +75,8 @@ def render(report: Report) -> str:
 
 def _heading(report: Report, model: str) -> str:
     method = str(report.get("method", ""))
-    return f"{model or 'Model'} tuned with {_METHOD_NAMES.get(method, method)}"
-
-
-_METHOD_NAMES = {
-    "fedit": "FedIT",
-    "hetlora": "HETLORA",
-    "legend": "LEGEND",
-    "fedra": "FedRA",
-    "flexlora": "FlexLoRA",
-}
+    title = FACTS[method].title if method in FACTS else method
+    return f"{model or 'Model'} tuned with {title}"
 
 
 def _fact_line(report: Report, devices: Sequence[_Device]) -> str:

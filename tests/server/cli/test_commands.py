@@ -5,17 +5,28 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
 
-from lorikit.server.cli.app import run
+from lorikit.server.cli.app import app, run
+from lorikit.server.cli.demo import METHODS as DEMO_METHODS
+from lorikit.server.demo.settings import METHOD_OPTIONS
+from lorikit.server.methods import FACTS
 
-COMMANDS = [
-    ("compile",),
-    ("server",),
-    ("profile",),
-    ("demo",),
-    ("version",),
-    *(("run", name) for name in ("create", "list", "watch", "stop", "show", "adapters", "fetch")),
-]
+CLI_PAGE = (Path(__file__).parents[3] / "docs" / "cli.md").read_text()
+
+
+def commands_of(group: typer.Typer, *path: str) -> list[tuple[str, ...]]:
+    found = [
+        (*path, str(command.name or command.callback.__name__))
+        for command in group.registered_commands
+    ]
+    for inner in group.registered_groups:
+        assert inner.typer_instance is not None
+        found += commands_of(inner.typer_instance, *path, str(inner.name))
+    return found
+
+
+COMMANDS = commands_of(app)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -23,6 +34,16 @@ def test_help_of_every_command_has_an_example(command, capsys):
     assert run([*command, "--help"]) == 0
 
     assert f"Example: lorikit {' '.join(command)}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_is_on_the_page(command):
+    assert f"lorikit {command[0]}" in CLI_PAGE
+
+
+def test_methods_of_the_demo_are_on_the_page():
+    assert f"# {', '.join(DEMO_METHODS)}\n" in CLI_PAGE
+    assert set(METHOD_OPTIONS) <= set(DEMO_METHODS) < set(FACTS)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != ("version",)], ids=" ".join)

@@ -12,16 +12,19 @@ from rich.console import Console
 
 from lorikit.server.cli.display import Format, FormatOption, print_json
 from lorikit.server.cli.exit_codes import CommandError, ExitCode
+from lorikit.server.methods import FACTS
+from lorikit.server.methods.facts import LORA_AND_HEAD
 
 if TYPE_CHECKING:
     from lorikit.server.demo.settings import DemoConfig
 
-_METHODS = ("fedit", "hetlora", "legend", "fedra", "flexlora")
+METHODS = tuple(n for n, facts in FACTS.items() if set(facts.roles()) <= set(LORA_AND_HEAD))
+"""Methods that need nothing of a package but LoRA and the head."""
 
 
 def demo(
     method: Annotated[
-        str, typer.Option(help=f"Federated method: {', '.join(_METHODS)}.")
+        str, typer.Option(help=f"Federated method: {', '.join(METHODS)}.")
     ] = "hetlora",
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds, the head start included.")
@@ -46,9 +49,9 @@ def demo(
 
     Example: lorikit demo --method legend --baselines
     """
-    if method not in _METHODS:
+    if method not in METHODS:
         raise CommandError(
-            ExitCode.USAGE, f"--method must be one of {', '.join(_METHODS)}, got {method!r}"
+            ExitCode.USAGE, f"--method must be one of {', '.join(METHODS)}, got {method!r}"
         )
     # These load the server's configuration, which --help can do without.
     from lorikit.server.demo.run import run_demo
