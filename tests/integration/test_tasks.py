@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -212,20 +212,3 @@ def test_images_learn_their_labels(tmp_path: Path) -> None:
     assert model.evaluate(rows)["accuracy"] == 1
     found = model.predict([np.zeros((9, 9), np.uint8), np.ones((3, 5, 7))])
     assert [each.label for each in found] == ["dark", "light"]  # type: ignore[union-attr]
-
-
-def test_package_of_part_of_the_layers_continues_texts(tmp_path: Path) -> None:
-    task = Task(kind="causal-language-modeling", labels=())
-    folder = write_tiny_llama(tmp_path / "model", layers=3)
-    device = Device.of(folder, task, tmp_path, "q_proj", precision="int8")
-    part = device.compiler.package(precision="int8", lowest_trained_layer=2, kept_layers=(0, 2))
-    for blob in (part.ref, *part.manifest.blobs()):
-        shutil.copy(device.compiler.blobs.path(blob.digest), device.store.blobs.path(blob.digest))
-    names = {tensor.name for tensor in part.manifest.adapter}
-    device = replace(device, package=part)
-    device._use({n: v for n, v in device.compiler.initial(4, 0).items() if n in names})
-
-    (found,) = device.model().generate(["w1 w2"], Sampling(max_new_tokens=5))
-
-    assert found.tokens == 5 or found.finish == "end"
-    assert part.manifest.cache is not None
