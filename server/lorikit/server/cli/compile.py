@@ -22,7 +22,7 @@ from lorikit.server.cli.exit_codes import CommandError, ExitCode
 from lorikit.server.cli.profile_plans import BASELINE_BYTES
 
 if TYPE_CHECKING:
-    from lorikit.server.compile import Compiler, Package
+    from lorikit.server.compile import Package
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -30,10 +30,22 @@ _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 def compile_model(
     model: Annotated[Path, typer.Argument(help="Hugging Face model folder.")],
     store: Annotated[Path, typer.Option(help="Folder the package's blobs go to.")],
-    precision: Annotated[str, typer.Option(help="Base weights: nf4, int8, fp16 or fp32.")] = "nf4",
+    task: Annotated[
+        str, typer.Option(help="What it is trained to do, for example causal-language-modeling.")
+    ] = "sequence-classification",
+    precision: Annotated[
+        str, typer.Option(help="Base weights: nf4, int4, int8, fp16 or fp32.")
+    ] = "nf4",
+    adapter: Annotated[
+        str, typer.Option(help="lora, dora, ia3, prompt, bottleneck, bitfit or head.")
+    ] = "lora",
+    adapter_size: Annotated[
+        int, typer.Option(min=1, help="Tokens of a soft prompt, or width of a bottleneck.")
+    ] = 16,
     targets: Annotated[
-        str, typer.Option(help="Modules that get LoRA, by the end of their name, with commas.")
-    ] = "query,value",
+        str,
+        typer.Option(help="Modules that get it, by the end of their name, with commas."),
+    ] = "",
     rank: Annotated[int, typer.Option(min=1, help="Rank the memory is predicted for.")] = 8,
     labels: Annotated[str, typer.Option(help="Class names, with commas.")] = "",
     num_labels: Annotated[
@@ -45,6 +57,10 @@ def compile_model(
     kept_layers: Annotated[
         str, typer.Option(help="Layers of a sub-model, with commas; empty for all.")
     ] = "",
+    recompute: Annotated[
+        str, typer.Option(help="Layers whose activations are made again, with commas.")
+    ] = "",
+    kernels: Annotated[str, typer.Option(help="lean or fast.")] = "lean",
     length: Annotated[int, typer.Option(min=1, help="Tokens the memory is predicted for.")] = 128,
     output: FormatOption = Format.TEXT,
 ) -> None:
@@ -52,7 +68,7 @@ def compile_model(
 
     Example: lorikit compile ./all-MiniLM-L6-v2 --store ./packages --precision nf4 --num-labels 150
     """
-    task = Task(kind="sequence-classification", labels=_labels(labels, num_labels))
+    classes = () if task.endswith("language-modeling") else _labels(labels, num_labels)
     if not (model / "config.json").is_file():
         raise CommandError(
             ExitCode.NOT_FOUND,
@@ -62,38 +78,44 @@ def compile_model(
     with progress(f"Loading {model.name}") as announce:
         # Loads torch, which takes seconds: only when there is something to compile.
         from lorikit.server.compile import Compiler
+        from lorikit.server.compile.insertion import AdapterConfig
         from lorikit.server.store.blobs import FolderBlobs
 
         compiler = Compiler(
-            model, task, targets=_split(targets), blobs=FolderBlobs(store), progress=announce
+            model,
+            Task(kind=task, labels=classes),
+            adapter=AdapterConfig(kind=adapter, targets=_split(targets), size=adapter_size),
+            blobs=FolderBlobs(store),
+            progress=announce,
         )
-        kept = _integers("kept-layers", kept_layers)
+        recomputed = _integers("recompute", recompute) or ()
         package = compiler.package(
-            precision=precision, lowest_trained_layer=lowest_trained_layer, kept_layers=kept
+            precision=precision,
+            lowest_trained_layer=lowest_trained_layer,
+            kept_layers=_integers("kept-layers", kept_layers),
+            recomputed_layers=recomputed,
+            kernels=kernels,
         )
         announce("Predicting memory")
-        memory = _memory(compiler, package, rank=rank, length=length)
+        memory = {
+            micro_batch: compiler.predicted_peak_memory(
+                precision=precision,
+                lowest_trained_layer=lowest_trained_layer,
+                kept_layers=package.manifest.kept_layers,
+                rank=rank,
+                micro_batch=micro_batch,
+                length=length,
+                baseline_bytes=BASELINE_BYTES,
+                recomputed_layers=recomputed,
+                kernels=kernels,
+            )
+            for micro_batch in _MICRO_BATCHES
+        }
     facts = _facts(package, memory, rank=rank, length=length)
     if output is Format.JSON:
         print_json(facts)
     else:
         _print(package.manifest, facts, memory)
-
-
-def _memory(compiler: Compiler, package: Package, *, rank: int, length: int) -> dict[int, int]:
-    manifest = package.manifest
-    return {
-        micro_batch: compiler.predicted_peak_memory(
-            precision=manifest.precision,
-            lowest_trained_layer=manifest.lowest_trained_layer,
-            kept_layers=manifest.kept_layers,
-            rank=rank,
-            micro_batch=micro_batch,
-            length=length,
-            baseline_bytes=BASELINE_BYTES,
-        )
-        for micro_batch in _MICRO_BATCHES
-    }
 
 
 def _facts(
