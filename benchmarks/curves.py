@@ -496,14 +496,19 @@ def draw(path: Path, picture: Path) -> None:
             below.set_ylabel("deviation")
     for axis in axes[-1]:
         axis.set_xlabel("optimiser step")
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
         chosen |= dict(zip(labels, handles, strict=True))
     figure.legend(
-        chosen.values(), chosen, loc="upper center", ncols=7, frameon=False, fontsize=10,
+        list(chosen.values()),
+        list(chosen),
+        loc="upper center",
+        ncols=7,
+        frameon=False,
+        fontsize=10,
         bbox_to_anchor=(0.5, 0.965),
-    )  # fmt: skip
+    )
     figure.suptitle(f"Loss of {STEPS} training steps: three engines beside torch + PEFT", y=0.985)
     figure.subplots_adjust(left=0.07, right=0.985, top=0.91, bottom=0.05)
     picture.parent.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -29,7 +31,9 @@ def load(name: str) -> ModuleType:
 curves, growth = load("curves"), load("growth")
 
 
-def curve(loss: np.ndarray, stack: str = "onnx", order: int = 0, precision: str = "fp32") -> object:
+def curve(
+    loss: npt.NDArray[np.float64], stack: str = "onnx", order: int = 0, precision: str = "fp32"
+) -> Any:
     return curves.Curve("SST-2", precision, stack, order, tuple(loss), 1.0)
 
 
