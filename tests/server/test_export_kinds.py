@@ -218,7 +218,7 @@ def slow(*case: str) -> Any:
         ("llama", CAUSAL, "prompt"),
         *(slow("llama", CAUSAL, kind) for kind in ("dora", "ia3", "bottleneck")),
         slow("bert", TOKEN, "lora"),
-        ("bert", TOKEN, "prompt"),
+        ("roberta", TOKEN, "prompt"),
         slow("masked", MASKED, "lora"),
         ("masked", MASKED, "prompt"),
         ("roberta", SEQUENCE, "lora"),
