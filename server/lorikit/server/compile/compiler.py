@@ -28,6 +28,7 @@ from lorikit.server.compile.export import export_forward
 from lorikit.server.compile.graph import Graph
 from lorikit.server.compile.inputs import image_input, text_input
 from lorikit.server.compile.insertion import AdapterConfig
+from lorikit.server.compile.layers import check_kept
 from lorikit.server.compile.memory import GraphMemory
 from lorikit.server.compile.models import Model, load_model
 from lorikit.server.compile.onnx_format import to_onnx
@@ -350,6 +351,7 @@ class Compiler:
         kernels: str = "lean",
     ) -> Variant:
         layers = tuple(range(self.layer_count)) if kept is None else tuple(kept)
+        check_kept(layers, self.layer_count)
         return Variant(
             precision=precision,
             lowest_trained_layer=lowest,

@@ -24,10 +24,7 @@ def keep_layers(graph: Graph, architecture: Architecture, kept: Sequence[int], c
         kept: Layers to keep, ascending, from 0.
         count: Layers of the full model.
     """
-    if list(kept) != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] >= count:
-        raise UnsupportedModelError(
-            f"kept layers must be ascending and lie in 0..{count - 1}, got {list(kept)}"
-        )
+    check_kept(kept, count)
     for layer in reversed(range(count)):
         if layer not in kept:
             entry, result = stream_of(graph, architecture, layer)
@@ -39,6 +36,14 @@ def keep_layers(graph: Graph, architecture: Architecture, kept: Sequence[int], c
         for port in graph.inputs
         if port.name in inputs or architecture.layer_of(port.name) not in range(count)
     ]
+
+
+def check_kept(kept: Sequence[int], count: int) -> None:
+    """Nothing for layers in their order; ``UnsupportedModelError`` for others."""
+    if list(kept) != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] >= count:
+        raise UnsupportedModelError(
+            f"kept layers must be ascending and lie in 0..{count - 1}, got {list(kept)}"
+        )
 
 
 def stream_of(graph: Graph, architecture: Architecture, layer: int) -> tuple[str, str]:
