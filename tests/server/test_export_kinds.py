@@ -22,6 +22,7 @@ from tests.server.compile.tiny_llama import write_tiny_llama
 
 from lorikit.proto.manifest import Manifest, Task
 from lorikit.proto.tensors import Tensors
+from lorikit.server.app import open_run_parts
 from lorikit.server.compile import Compiler
 from lorikit.server.compile.architectures import TASK_KINDS
 from lorikit.server.compile.insertion import KINDS, AdapterConfig
@@ -352,3 +353,24 @@ def test_tables_agree_with_those_of_the_compiler() -> None:
 def test_rank_stabilised_form_of_a_kind_without_rank_is_refused(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"use_rslora: adapter '.*' has no rank"):
         RunConfig(name="a", model=tmp_path, labels=LABELS, rounds=1, adapter=kind, use_rslora=True)
+
+
+def test_run_writes_folders_of_its_kind_and_task(tmp_path: Path, model_folder: Any) -> None:
+    config = RunConfig(
+        name="a",
+        model=model_folder("llama"),
+        task_kind=CAUSAL,
+        adapter="dora",
+        rounds=1,
+        max_rank=4,
+        lora_scale=SCALE,
+        use_rslora=True,
+    )
+    parts = open_run_parts(config, FolderBlobs(tmp_path / "blobs"))
+
+    parts.export(tmp_path / "a", parts.source.initial(4, 0), 4)
+
+    written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (written["peft_type"], written["task_type"]) == ("LORA", "CAUSAL_LM")
+    assert (written["use_dora"], written["use_rslora"], written["lora_alpha"]) == (True, True, 3)
+    assert "AutoModelForCausalLM" in (tmp_path / "a" / "README.md").read_text()
