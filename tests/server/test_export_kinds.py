@@ -226,7 +226,7 @@ def slow(*case: str) -> Any:
         slow("roberta", SEQUENCE, "prompt"),
         slow("roberta", SEQUENCE, "head"),
         ("vit", IMAGE, "lora"),
-        slow("vit", IMAGE, "bitfit"),
+        slow("vit", IMAGE, "bottleneck"),
     ],
 )
 def test_card_loads_what_the_package_computes(
