@@ -28,7 +28,8 @@ from pathlib import Path
 
 LABELS = 150
 RANK = 8
-WORDS = tuple("account transfer weather balance card please what is the my in of to a".split())
+SENTENCE = "account transfer weather balance card please what is the my in of to a"
+WORDS = SENTENCE.split()
 PEER = "torch + PEFT + bitsandbytes nf4"
 TEXT, CAUSAL, IMAGE = (
     "sequence-classification",

@@ -200,10 +200,10 @@ def _strip_prefix(graph: Graph) -> None:
 
 
 def _complete_scopes(graph: Graph) -> None:
-    """Give nodes that the exporter left without a scope that of what they read."""
+    """Give nodes of several outputs, which the exporter leaves without a scope, that of an input."""
     scopes: dict[str, str] = {}
     for node in graph.nodes:
-        if not node.scope:
+        if not node.scope and len(node.outputs) > 1:
             node.scope = next((scopes[name] for name in node.inputs if name in scopes), "")
         scopes |= dict.fromkeys(node.outputs, node.scope)
 

@@ -13,6 +13,7 @@ and the ``MayInplace`` and ``Alias`` declarations of its CPU kernels.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -346,4 +347,11 @@ def _length(symbol: str, sizes: Mapping[str, int]) -> int:
         return min(int(minimum.group(1)), sizes[minimum.group(2)])
     if symbol.startswith("rank"):
         return sizes["rank"]
+    if "+" in symbol or "*" in symbol:
+        terms = (term.split("*") for term in symbol.split("+"))
+        return sum(math.prod(_factor(part.strip(), sizes) for part in term) for term in terms)
     return 1
+
+
+def _factor(text: str, sizes: Mapping[str, int]) -> int:
+    return int(text) if text.isdigit() else _length(text, sizes)

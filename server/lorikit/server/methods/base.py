@@ -22,6 +22,20 @@ from lorikit.proto.plan import Operation
 from lorikit.proto.tensors import Tensors
 
 
+ADAPTER_ROLES = (
+    "lora_A",
+    "lora_B",
+    "lora_magnitude",
+    "ia3",
+    "prompt",
+    "adapter_down",
+    "adapter_up",
+    "bias",
+    "norm",
+)
+"""Roles of what an adapter of any kind trains beside the head."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSpace:
     """The adapter tensors a base model offers, and the largest sizes in use."""
@@ -77,7 +91,7 @@ class Assignment:
     kept_layers: tuple[int, ...]
     """Layers of the device's sub-model, ascending."""
     train_head: bool = True
-    train_roles: tuple[str, ...] = ("lora_A", "lora_B", "head")
+    train_roles: tuple[str, ...] = (*ADAPTER_ROLES, "head")
     """Roles that train within the trained layers (``head`` only where ``train_head``)."""
     scale: float = 2.0
     """LoRA scale s of DeltaW = s B A."""

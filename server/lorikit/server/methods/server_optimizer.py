@@ -13,6 +13,7 @@ import numpy as np
 from lorikit.proto.tensors import Float32, Tensors
 from lorikit.server.aggregate.optimizers import adam_step, momentum_step
 from lorikit.server.methods.base import (
+    ADAPTER_ROLES,
     AdapterSpace,
     Assignment,
     Contribution,
@@ -48,7 +49,7 @@ class ServerOptimizerConfig:
     """FedAdam: decay of the squares; in [0, 1)."""
     tau: float = 1e-3
     """FedAdam: degree of adaptivity; above 0."""
-    roles: tuple[str, ...] = ("lora_A", "lora_B", "head", "bias", "norm")
+    roles: tuple[str, ...] = (*ADAPTER_ROLES, "head")
     """Roles of the tensors that the optimiser moves; others take the aggregate."""
 
     def __post_init__(self) -> None:
