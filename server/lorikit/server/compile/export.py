@@ -200,7 +200,7 @@ def _strip_prefix(graph: Graph) -> None:
 
 
 def _complete_scopes(graph: Graph) -> None:
-    """Give nodes of several outputs, which the exporter leaves without a scope, that of an input."""
+    """Give nodes of several outputs, which the exporter leaves without, the scope of an input."""
     scopes: dict[str, str] = {}
     for node in graph.nodes:
         if not node.scope and len(node.outputs) > 1:

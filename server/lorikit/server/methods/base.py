@@ -21,7 +21,6 @@ from lorikit.proto.manifest import AdapterTensor
 from lorikit.proto.plan import Operation
 from lorikit.proto.tensors import Tensors
 
-
 ADAPTER_ROLES = (
     "lora_A",
     "lora_B",

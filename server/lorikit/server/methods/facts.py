@@ -11,7 +11,12 @@ from typing import Literal
 from lorikit.proto.manifest import AdapterTensor
 from lorikit.proto.tensors import Tensors
 from lorikit.server.methods.adapters import every_layer, is_in
-from lorikit.server.methods.base import AdapterSpace, Contribution, Participant
+from lorikit.server.methods.base import (
+    ADAPTER_ROLES,
+    AdapterSpace,
+    Contribution,
+    Participant,
+)
 
 Difference = Literal["ranks", "depths", "layers"]
 """In what the devices of one round may differ: LoRA rank, number of trained layers from the output,
@@ -94,6 +99,8 @@ class MethodFacts:
         trained = every_layer(space) if trained_layers is None else trained_layers
         kept = every_layer(space) if kept_layers is None else kept_layers
         usual = self.sent_roles[round_number % len(self.sent_roles)]
+        if usual == LORA_AND_HEAD:
+            usual = (*ADAPTER_ROLES, "head")  # whatever kind the adapter is of
         sent = space.named(*(usual if roles is None else roles))
         up = (tensor for tensor in sent if is_in(tensor, trained))
         down = (tensor for tensor in space.tensors if is_in(tensor, kept))
