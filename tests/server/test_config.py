@@ -69,6 +69,7 @@ def test_settings_survive_text():
             "does not measure token-classification; drop it and set evaluate_on_devices",
         ),
         ({"labels": ["a", "a"]}, "labels: lists 'a' more than once"),
+        ({"adapter": "ia3", "lora_dropout": 0.1}, "lora_dropout: ia3 has none, got 0.1; set 0"),
         ({"min_rank": 9}, "min_rank 9 exceeds max_rank 8"),
         ({"min_updates": 3}, "min_updates 3 exceeds min_devices 2"),
         ({"optimizer": {"name": "lion"}}, "name must be adamw, sgd or mezo, got 'lion'"),

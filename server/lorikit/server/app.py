@@ -470,7 +470,10 @@ def open_run_parts(config: RunConfig, blobs: FolderBlobs) -> RunParts:
         config.model,
         config.task,
         adapter=AdapterConfig(
-            kind=config.adapter, targets=config.targets, size=config.adapter_size
+            kind=config.adapter,
+            targets=config.targets,
+            size=config.adapter_size,
+            dropout=config.lora_dropout,
         ),
         blobs=blobs,
         progress=lambda sentence: logger.info("run=%s %s", config.name, sentence),

@@ -80,6 +80,9 @@ class RunConfig(_Settings):
     adapter_size: Annotated[int, Field(ge=1)] = 16
     """Tokens of a soft prompt, or width of a bottleneck."""
 
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that an input of a LoRA factor A is dropped while training."""
+
     targets: tuple[str, ...] = ()
     """Linear modules that get the adapter, by the last part of their names; empty for those that
     are usual for the architecture, for example ``query`` and ``value``."""
@@ -214,6 +217,8 @@ class RunConfig(_Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        if self.lora_dropout and self.adapter != "lora":
+            raise ValueError(f"lora_dropout: {self.adapter} has none, got {self.lora_dropout}; set 0")
         needs_labels = not self.task_kind.endswith("language-modeling")
         if needs_labels and len(self.labels) < 2:
             raise ValueError(f"labels: {self.task_kind} needs at least 2, got {self.labels}")

@@ -145,3 +145,23 @@ def test_kept_layers_of_a_deep_model_agree_with_torch(tmp_path: Path) -> None:
 def test_an_unknown_adapter_kind_is_named() -> None:
     with pytest.raises(UnsupportedModelError, match=r"'vera' is not one of lora, dora"):
         AdapterConfig(kind="vera")
+
+
+@pytest.mark.parametrize("kept", [None, (0, 2, 3)])
+def test_lora_dropout_agrees_with_torch(tmp_path: Path, kept: tuple[int, ...] | None) -> None:
+    adapter = AdapterConfig(dropout=0.3)
+    compiler = compiler_for(tmp_path, "bert", "sequence-classification", adapter)
+
+    manifest = compiler.package(
+        precision="int8", lowest_trained_layer=1, kept_layers=kept, recomputed_layers=(2,)
+    ).manifest
+
+    assert manifest.facts["verified_relative_error"] <= 1e-4
+    assert "dropout_seed" in manifest.graph("train").inputs
+    assert "dropout_seed" not in manifest.graph("evaluate").inputs
+
+
+@pytest.mark.parametrize("adapter", ["dora", "prompt"])
+def test_dropout_is_refused_where_there_is_none(adapter: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{adapter!r} has no dropout"):
+        AdapterConfig(kind=adapter, dropout=0.1)

@@ -37,6 +37,8 @@ class AdapterConfig:
     for ``bitfit`` for all. Unused by ``prompt`` and ``head``."""
     size: int = 16
     """Tokens of a soft prompt, or width of a bottleneck."""
+    dropout: float = 0.0
+    """Probability that an input of a LoRA factor A is dropped while training; ``lora`` only."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -45,6 +47,14 @@ class AdapterConfig:
             )
         if self.size < 1:
             raise UnsupportedModelError(f"adapter size must be at least 1, got {self.size}")
+        if not 0 <= self.dropout < 1:
+            raise UnsupportedModelError(
+                f"adapter dropout must be at least 0 and below 1, got {self.dropout}"
+            )
+        if self.dropout and self.kind != "lora":
+            raise UnsupportedModelError(
+                f"adapter kind {self.kind!r} has no dropout; set it to 0 or use lora"
+            )
 
     def on(self, architecture: Architecture) -> AdapterConfig:
         """The same with the targets that are usual for an architecture where it names none."""

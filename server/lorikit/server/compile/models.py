@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from lorikit.server.compile.architectures import (
     architecture_of,
     kind_of,
 )
+from lorikit.server.compile.dropout import dropout_mask
 from lorikit.server.compile.insertion import PROMPT, AdapterConfig, insert_adapter
 from lorikit.server.errors import UnsupportedModelError
 
@@ -41,6 +42,8 @@ class Model:
     """Adapter tensors in the order of the modules."""
     parameters: Mapping[str, str]
     """Adapter tensor name -> parameter name in ``module``."""
+    dropout: float = 0.0
+    """Probability that an input of a LoRA factor A is dropped while training."""
 
     @property
     def config(self) -> Any:  # noqa: ANN401  # differs by architecture
@@ -106,6 +109,40 @@ class Model:
         """Modules that PEFT put in place of a linear layer."""
         return [m for m in self.module.modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")]
 
+    def lora_inputs(self) -> dict[str, torch.nn.Module]:
+        """The module whose input dropout acts on, by name of its tensor A."""
+        return {
+            name: self.module.get_submodule(parameter.rpartition(".")[0])
+            for name, parameter in self.parameters.items()
+            if ".lora_A." in name
+        }
+
+    @contextlib.contextmanager
+    def with_dropout(self, modules: Mapping[str, torch.nn.Module], seed: int) -> Iterator[None]:
+        """Drop for a while what a training graph drops with that seed.
+
+        Args:
+            modules: From ``lora_inputs``, asked for while all layers are in place.
+            seed: As fed to ``dropout_seed``.
+        """
+        chosen = modules if self.dropout else {}
+        hooks = [
+            module.register_forward_pre_hook(self._dropping(name, seed))
+            for name, module in chosen.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _dropping(self, name: str, seed: int) -> Callable[..., torch.Tensor]:
+        def drop(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            kept = dropout_mask(seed, name, given[0].shape, self.dropout)
+            return given[0] * torch.from_numpy(kept) / (1 - self.dropout)
+
+        return drop
+
     @contextlib.contextmanager
     def with_layers(self, kept: Sequence[int]) -> Iterator[None]:
         """Leave only some layers in place for a while."""
@@ -168,7 +205,7 @@ def load_model(folder: Path, task: Task, adapter: AdapterConfig, *, seed: int = 
             module, architecture, adapter.on(architecture), trains_head=kind.trains_head
         )
     module.eval()
-    return Model(module, architecture, kind, task, tensors, parameters)
+    return Model(module, architecture, kind, task, tensors, parameters, adapter.dropout)
 
 
 def _attention(config: object) -> dict[str, str]:

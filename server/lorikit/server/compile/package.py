@@ -13,6 +13,7 @@ from lorikit.proto.manifest import AdapterTensor, BlobRef, Graph, Manifest
 from lorikit.proto.tensors import Bundle, pack, raw
 from lorikit.server.compile import graph as ir
 from lorikit.server.compile.cleaning import merge_equal, remove_dead
+from lorikit.server.compile.dropout import add_dropout, write_dropout
 from lorikit.server.compile.fused_gradients import FUSED_RULES
 from lorikit.server.compile.gradients import RULES, add_gradients
 from lorikit.server.compile.layers import keep_layers
@@ -84,12 +85,14 @@ def training_graph(
     graph = _sub_model(forward, model, variant)
     seeds = _add_loss(graph, model)
     rules = FUSED_RULES if variant.runtime == "onnx-training" else RULES
+    add_dropout(graph, model.dropout)
     add_stops(graph)
     add_gradients(graph, seeds, trained, {**rules, STOP: stop_rule})
     remove_stops(graph)
     _drop_outputs(graph, "logits", "features")
     merge_equal(graph)
     remove_dead(graph)
+    write_dropout(graph)
     recompute_layers(graph, model.architecture, variant.recomputed_layers)
     return graph
 
