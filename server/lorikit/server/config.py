@@ -218,7 +218,9 @@ class RunConfig(_Settings):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.lora_dropout and self.adapter != "lora":
-            raise ValueError(f"lora_dropout: {self.adapter} has none, got {self.lora_dropout}; set 0")
+            raise ValueError(
+                f"lora_dropout: {self.adapter} has none, got {self.lora_dropout}; set 0"
+            )
         needs_labels = not self.task_kind.endswith("language-modeling")
         if needs_labels and len(self.labels) < 2:
             raise ValueError(f"labels: {self.task_kind} needs at least 2, got {self.labels}")
