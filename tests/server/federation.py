@@ -181,6 +181,7 @@ class TinyChoice:
     runtime: str = "onnx"
     recomputed_layers: tuple[int, ...] = ()
     kernels: str = "lean"
+    memory_factor: float = 1.0
 
 
 def export_npz(folder: Path, adapter: Tensors, rank: int) -> None:

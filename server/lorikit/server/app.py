@@ -36,6 +36,7 @@ from lorikit.server.errors import LorikitError, RequestError
 from lorikit.server.export import write_adapter
 from lorikit.server.failpoints import Failpoint
 from lorikit.server.gate import Gate
+from lorikit.server.learning import LearntMemory
 from lorikit.server.methods import build_method
 from lorikit.server.methods.base import Method
 from lorikit.server.methods.head_start import HeadStart, HeadStartConfig
@@ -479,6 +480,7 @@ def open_run_parts(config: RunConfig, blobs: FolderBlobs) -> RunParts:
         progress=lambda sentence: logger.info("run=%s %s", config.name, sentence),
     )
     space = compiler.space(config.max_rank)
+    learnt = LearntMemory(blobs.folder.parent / "memory")
 
     def export(folder: Path, adapter: Tensors, rank: int) -> None:
         write_adapter(
@@ -503,8 +505,10 @@ def open_run_parts(config: RunConfig, blobs: FolderBlobs) -> RunParts:
             batch_size=config.batch_size,
             max_length=config.max_length,
             max_rank=config.max_rank,
+            corrections=learnt.for_run(config.name),
         ),
         export=export,
+        teach=learnt.teach,
         evaluation=None
         if config.evaluation_data is None
         else read_evaluation_data(config.evaluation_data, config.task),

@@ -69,6 +69,11 @@ class Choice(Protocol):
         ...
 
     @property
+    def memory_factor(self) -> float:
+        """Learnt correction that the predicted peak was scaled by."""
+        ...
+
+    @property
     def recomputed_layers(self) -> tuple[int, ...]:
         """Layers whose forward values are made again for the backward pass."""
         ...

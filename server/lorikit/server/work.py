@@ -25,6 +25,7 @@ from lorikit.proto.tensors import Bundle, Tensors, pack, raw
 from lorikit.proto.wire import plan_to_message
 from lorikit.server.config import EvaluationData, RunConfig
 from lorikit.server.errors import LorikitError
+from lorikit.server.learning import Observation
 from lorikit.server.methods.base import (
     AdapterSpace,
     Assignment,
@@ -153,6 +154,8 @@ class RunParts:
     export: Callable[[Path, Tensors, int], None]
     """Writes an adapter of that rank as a PEFT folder."""
     evaluation: EvaluationData | None = None
+    teach: Callable[[Iterable[Observation]], None] = lambda _: None
+    """Hears at the end of a run what its devices measured."""
 
 
 _REMEMBERED_ROUNDS = 34
@@ -298,6 +301,7 @@ class RoundWork:
         """Write the adapter after the last round, for every rank that any device has."""
         ranks = self._ranks(self._last_tasks().values())
         self._export(self.state_before(rounds), self.folder / "adapter", ranks)
+        self.parts.teach(self._observations(rounds))
 
     def is_measured(self, number: int, *, is_last: bool) -> bool:
         """Whether the server evaluates after that round."""
@@ -498,6 +502,18 @@ class RoundWork:
         used = {json.loads(task.facts)["rank"] for task in tasks if task.kind == "train"}
         return sorted(rank for rank in used | {self._space.max_rank} if rank > 0)
 
+    def _observations(self, rounds: int) -> Iterator[Observation]:
+        """Predicted and measured peaks of every counted update."""
+        facts = {task.id: json.loads(task.facts) for task in self._store.tasks(self._run_id)}
+        for number in range(rounds):
+            for update in self._store.updates(self._run_id, number):
+                known = facts[update.task_id]
+                yield Observation(
+                    known["class"],
+                    known["predicted_peak_memory_bytes"] / known["memory_factor"],
+                    json.loads(update.report)["peak_memory_bytes"],
+                )
+
     def _export(self, state: State, folder: Path, ranks: Iterable[int]) -> None:
         for rank in ranks:
             adapter = self.parts.method.global_adapter(state, self._space, rank)
@@ -554,6 +570,7 @@ def _facts(plan: Plan, choice: Choice) -> str:
             "micro_batch": facts.micro_batch,
             "predicted_peak_memory_bytes": facts.predicted_peak_memory_bytes,
             "runtime": choice.runtime,
+            "memory_factor": choice.memory_factor,
             "steps": sum(phase.steps for phase in plan.phases),
         },
         sort_keys=True,
