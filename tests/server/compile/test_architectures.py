@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -140,6 +141,29 @@ def test_kept_layers_of_a_deep_model_agree_with_torch(tmp_path: Path) -> None:
 
     assert manifest.facts["verified_relative_error"] <= 1e-4
     assert {tensor.layer for tensor in manifest.adapter} == {0, 1, 3}
+
+
+def test_token_losses_are_those_of_torch(tmp_path: Path) -> None:
+    compiler = compiler_for(tmp_path, "llama", "causal-language-modeling", AdapterConfig())
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    rows = [torch.tensor([[2, 3, 2, 2]]), torch.tensor([[3, 3]])]
+    with torch.no_grad():
+        losses = [float(model(ids, labels=ids).loss) * (ids.shape[1] - 1) for ids in rows]
+
+    measured = compiler.token_losses(
+        compiler.initial(2, 0), ["w0 w1 w0 w0", "w1 w1"], lora_scale=2.0, max_length=8
+    )
+
+    assert measured.tokens == 4
+    assert measured.loss == pytest.approx(sum(losses), rel=1e-4)
+    assert measured.metrics()["perplexity"] == pytest.approx(np.exp(sum(losses) / 4), rel=1e-4)
+
+
+def test_a_package_in_which_nothing_trains_is_refused(tmp_path: Path) -> None:
+    compiler = compiler_for(tmp_path, "llama", "causal-language-modeling", AdapterConfig())
+
+    with pytest.raises(UnsupportedModelError, match="train from layer 3 at the latest"):
+        compiler.package(precision="fp32", lowest_trained_layer=4)
 
 
 def test_an_unknown_adapter_kind_is_named() -> None:

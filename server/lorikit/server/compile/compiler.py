@@ -398,6 +398,11 @@ class Compiler:
         base = self._base(variant.precision)
         adapter = adapter_of(self._model.adapter, variant, self.layer_count)
         trained = [tensor.name for tensor in adapter if tensor.trained]
+        if not trained:
+            raise UnsupportedModelError(
+                f"nothing trains from layer {variant.lowest_trained_layer} upwards, since the head of "
+                f"this model stays frozen; train from layer {self.layer_count - 1} at the latest"
+            )
         probe = make_probe(self._model, base, variant.kept_layers, trained)
         self._say("verifying against torch + PEFT")
         rows, used, facts = self._graphs_of(variant, base, probe)
@@ -483,8 +488,11 @@ class Compiler:
     ) -> onnxruntime.InferenceSession:
         with self._lock:
             if kept not in self._sessions:
+                trains_head = self._model.kind.trains_head
                 package = self.package(
-                    precision="fp32", lowest_trained_layer=self.layer_count, kept_layers=kept
+                    precision="fp32",
+                    lowest_trained_layer=self.layer_count - (0 if trains_head else 1),
+                    kept_layers=kept,
                 )
                 path = self.blobs.path(package.manifest.graph(graph).blob.digest)
                 options = onnxruntime.SessionOptions()
