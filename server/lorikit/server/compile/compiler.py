@@ -400,8 +400,8 @@ class Compiler:
         trained = [tensor.name for tensor in adapter if tensor.trained]
         if not trained:
             raise UnsupportedModelError(
-                f"nothing trains from layer {variant.lowest_trained_layer} upwards, since the head of "
-                f"this model stays frozen; train from layer {self.layer_count - 1} at the latest"
+                f"nothing trains from layer {variant.lowest_trained_layer} on, the head is frozen; "
+                f"train from layer {self.layer_count - 1} at the latest"
             )
         probe = make_probe(self._model, base, variant.kept_layers, trained)
         self._say("verifying against torch + PEFT")
