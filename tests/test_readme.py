@@ -50,7 +50,7 @@ def test_the_device_and_server_examples_finish_a_run_together(
     out = capsys.readouterr().out
     assert not thread.is_alive()
     assert "finished" in out
-    assert re.search(r"\[\('(ask|book|cancel)', 0\.\d+\)\]", out)
+    assert re.search(r"\[Prediction\(label='(ask|book|cancel)', probability=0\.\d+\)\]", out)
     assert (tmp_path / "runs" / "intents" / "adapter" / "rank-8" / "adapter_config.json").is_file()
 
 

@@ -120,7 +120,9 @@ def _check_operations(
 
 def _check_inputs(plan: Plan, manifest: Manifest, operations: Sequence[FinalOperation]) -> None:
     graphs = {_graph_of(phase, manifest) for phase in plan.phases}
-    for name in sorted(graphs) + ["predict"] * bool(operations):
+    if any(operation.produces() for operation in operations):
+        graphs.add("predict")  # what is measured is measured on features
+    for name in sorted(graphs):
         graph = next((graph for graph in manifest.graphs if graph.name == name), None)
         if graph is None:
             raise PlanRefusedError(f"the plan needs a graph {name!r}, which the package lacks")

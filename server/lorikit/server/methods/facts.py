@@ -76,6 +76,15 @@ class MethodFacts:
         """Every role that the method trains or reads, sorted."""
         return tuple(sorted({*self.needs, *(role for sent in self.sent_roles for role in sent)}))
 
+    def usual_roles(self, round_number: int) -> tuple[str, ...]:
+        """Roles that train in a round.
+
+        Where both factors of LoRA and the head do, all roles do, so that an adapter of another kind
+        trains as well.
+        """
+        usual = self.sent_roles[round_number % len(self.sent_roles)]
+        return (*ADAPTER_ROLES, "head") if usual == LORA_AND_HEAD else usual
+
     def cost(
         self,
         space: AdapterSpace,
@@ -98,10 +107,7 @@ class MethodFacts:
         """
         trained = every_layer(space) if trained_layers is None else trained_layers
         kept = every_layer(space) if kept_layers is None else kept_layers
-        usual = self.sent_roles[round_number % len(self.sent_roles)]
-        if usual == LORA_AND_HEAD:
-            usual = (*ADAPTER_ROLES, "head")  # whatever kind the adapter is of
-        sent = space.named(*(usual if roles is None else roles))
+        sent = space.named(*(self.usual_roles(round_number) if roles is None else roles))
         up = (tensor for tensor in sent if is_in(tensor, trained))
         down = (tensor for tensor in space.tensors if is_in(tensor, kept))
         return Cost(up=_bytes_of(up, ranks), down=_bytes_of(down, ranks))

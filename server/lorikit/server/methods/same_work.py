@@ -93,7 +93,7 @@ class SameWork(Generic[Config]):
 
     def train_roles(self, space: AdapterSpace, round_number: int) -> tuple[str, ...]:
         """Roles that train in a round."""
-        return self.facts.sent_roles[round_number % len(self.facts.sent_roles)]
+        return self.facts.usual_roles(round_number)
 
     def broadcast(self, state: State, space: AdapterSpace, assignment: Assignment) -> Tensors:
         """The global adapter."""
