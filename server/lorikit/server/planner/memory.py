@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-RUNTIME_BYTES = 40_000_000
+RUNTIME_BYTES = 43_000_000
 """The runtime's library and heap, the tokeniser and a session without nodes."""
 
 NODE_BYTES = 5_000
