@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -16,6 +15,8 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+
+from lorikit.server.demo.processes import peak_memory
 
 CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
@@ -34,7 +35,11 @@ def step_cost(options: argparse.Namespace) -> dict[str, float]:
     )
     labels = {"num_labels": options.labels} if options.labels else {}
     base = getattr(transformers, CLASSES[options.task]).from_pretrained(
-        options.model, quantization_config=quantised, ignore_mismatched_sizes=True, **labels
+        options.model,
+        quantization_config=quantised,
+        dtype=torch.float32,  # CPUs are slow at half precision, which the folders are stored in
+        ignore_mismatched_sizes=True,
+        **labels,
     )
     if options.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -51,8 +56,7 @@ def step_cost(options: argparse.Namespace) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"peak_memory_bytes": peak, "seconds": statistics.median(seconds)}
+    return {"peak_memory_bytes": peak_memory(), "seconds": statistics.median(seconds)}
 
 
 def _batch(options: argparse.Namespace, config: object) -> dict[str, torch.Tensor]:

@@ -225,11 +225,11 @@ def opening(package: Path, digest: str, threads: int) -> dict[str, float]:
     import lorikit.sdk  # noqa: F401  # an app has it loaded
     from lorikit.proto.manifest import load
     from lorikit.sdk._memory import memory_use
-    from lorikit.sdk.engines._runtime import OnnxEngine
+    from lorikit.sdk.engines import open_engine
 
     manifest = load((package / digest).read_bytes())
     start = time.perf_counter()
-    engine = OnnxEngine(manifest, package, threads=threads, runtime="onnx")
+    engine = open_engine("onnx", manifest, package, threads=threads)
     engine._session("train")
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "peak_memory_bytes": memory_use().peak_resident_bytes}
