@@ -27,7 +27,7 @@ class DemoClass:
 
 
 CLASSES = (
-    DemoClass(name="wearable-160mb", memory_limit_bytes=160_000_000, speed_gflops=8.0),
+    DemoClass(name="wearable-144mb", memory_limit_bytes=144_000_000, speed_gflops=8.0),
     DemoClass(name="phone-512mb", memory_limit_bytes=512_000_000, speed_gflops=16.0),
     DemoClass(name="tablet-2gb", memory_limit_bytes=2_000_000_000, speed_gflops=30.0),
     DemoClass(name="laptop-8gb", memory_limit_bytes=8_000_000_000, speed_gflops=60.0),
