@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import threading
+import time
 
 import grpc
 import numpy as np
@@ -503,22 +504,25 @@ def test_two_runs_share_their_devices(server, tmp_path):
 
 
 def test_server_that_restarts_waits_for_known_devices(tmp_path):
-    config = server_config(tmp_path / "runs", settle_seconds=20.0)
+    config = server_config(tmp_path / "runs", settle_seconds=120.0)
     with start_server(config) as server:
         server.create_run(run_config(tmp_path, rounds=1000))
         with crowd(server.address):
             eventually(lambda: server.summary("test").round >= 1)
     with start_server(config) as server:
-        run = server.summary("test")
+        run_id = server.summary("test").run_id
         store: SqlStore = server._coordinator._store
-        for task in store.tasks(run.run_id):
+        for task in store.tasks(run_id):
             if task.state is TaskState.OPEN:
                 store.end_task(task.id, TaskState.FAILED)
         with crowd(server.address, 2):
             eventually(lambda: len(server._coordinator._board.present()) == 2)
-            rounds = store.rounds(run.run_id)
-            if rounds[-1].state is RoundState.ASSIGNING:
-                assert server.summary("test").round == run.round
+            eventually(lambda: store.rounds(run_id)[-1].state is RoundState.ASSIGNING)
+            waiting = store.rounds(run_id)[-1]
+            time.sleep(0.5)
+            assert store.rounds(run_id)[-1] == waiting
+            with Crowd([Device(server.address, name="installation-2", profile=profile(40))]):
+                eventually(lambda: server.summary("test").round > waiting.number)
         server.stop_run("test", at_once=True)
         server.wait("test", timeout=SECONDS)
 
