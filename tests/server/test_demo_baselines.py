@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from lorikit.server.demo.baseline_task import BaselineTask
-from lorikit.server.demo.baselines import linear_probe, read_rows
+from lorikit.server.demo.baselines import (
+    EncoderClassifier,
+    LabelledTexts,
+    centralised_baseline,
+    linear_probe,
+    read_rows,
+)
+
+OWN_NOISE = "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+"""peft warns of its own use of transformers."""
 
 
 def make_task(**changes: object) -> BaselineTask:
@@ -73,3 +82,18 @@ def test_row_of_an_unknown_class_is_an_error(tmp_path):
 
     with pytest.raises(KeyError, match="up"):
         read_rows(str(path), make_task())
+
+
+@pytest.mark.filterwarnings(OWN_NOISE)
+def test_lora_in_one_place_trains_the_usual_modules_where_a_run_names_none(tiny_model):
+    rows = LabelledTexts(("play music", "call mum") * 32, np.arange(64) % 2)
+    task = make_task(model=str(tiny_model), targets=(), seconds=60.0)
+    encoder = EncoderClassifier(task)
+
+    result = centralised_baseline(task, encoder, encoder.features(rows.texts), rows, rows)
+
+    trained = {
+        name.split(".lora_A")[0] for name, _ in encoder.model.named_parameters() if "lora_A" in name
+    }
+    assert {name.rpartition(".")[2] for name in trained} == {"query", "value"}
+    assert (result["examples"], result["is_complete"]) == (64, True)

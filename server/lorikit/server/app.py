@@ -502,6 +502,7 @@ def open_run_parts(config: RunConfig, blobs: FolderBlobs) -> RunParts:
         planner=Planner(
             compiler,
             precisions=config.precisions,
+            class_precisions=config.class_precisions,
             batch_size=config.batch_size,
             max_length=config.max_length,
             max_rank=config.max_rank,

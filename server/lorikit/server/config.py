@@ -156,6 +156,9 @@ class RunConfig(_Settings):
     """Precisions of the base model that devices may get, the best quality first; ``int4`` too,
     which needs onnxruntime 1.22 on the devices."""
 
+    class_precisions: dict[str, Annotated[tuple[Precision, ...], Field(min_length=1)]] = {}
+    """Precisions that devices of a class may get instead, by the class that they report."""
+
     codec: str = "fp32"
     """Wire codec of updates: ``fp32``, ``fp16``, ``bf16`` as plain values; ``int8-block64``,
     ``int6``, ``int4``, ``int3``, ``int2``, ``int1``, ``topk`` or ``adaptive`` as changes against

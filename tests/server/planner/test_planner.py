@@ -81,6 +81,16 @@ def test_base_takes_at_most_its_share_of_the_budget(limit: int, precision: str) 
     assert planner().choose(profile(limit), assignment()).precision == precision
 
 
+def test_class_with_precisions_of_its_own_gets_none_but_these() -> None:
+    own = planner(class_precisions={"a class": ["nf4"]})
+    others = planner(class_precisions={"another class": ["nf4"]})
+
+    assert own.choose(profile(2000), assignment()).precision == "nf4"
+    assert others.choose(profile(2000), assignment()).precision == "fp32"
+    with pytest.raises(DoesNotFitError, match="fp16"):
+        planner(class_precisions={"a class": ["fp16"]}).choose(profile(95), assignment())
+
+
 def test_micro_batch_is_the_largest_that_fits() -> None:
     # 50 app + 10 base + 4 rank + 8 layers = 72 MB; 5 MB an example leave room for 4 in 95 MB.
     choice = planner(precisions=["nf4"]).choose(profile(95), assignment())

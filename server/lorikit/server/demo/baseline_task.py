@@ -27,6 +27,7 @@ class BaselineTask:
     label_column: str
     labels: tuple[str, ...]
     targets: tuple[str, ...]
+    """Modules that get LoRA; empty for the usual ones of the model."""
     """Modules that get LoRA."""
     rank: int
     scale: float

@@ -21,6 +21,8 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from lorikit.proto.manifest import Task
+from lorikit.server.compile.architectures import architecture_of
 from lorikit.server.demo.baseline_task import BaselineTask
 from lorikit.server.methods.head_start import HeadStartConfig, head_from_means
 
@@ -160,7 +162,7 @@ def centralised_baseline(
         task_type=TaskType.SEQ_CLS,
         r=task.rank,
         lora_alpha=round(task.scale * task.rank),
-        target_modules=list(task.targets),
+        target_modules=list(task.targets or _usual_targets(task, encoder.model)),
     )
     encoder.model = get_peft_model(encoder.model, lora)
     optimizer = torch.optim.AdamW(_parameter_groups(task, encoder.model), weight_decay=0.0)
@@ -189,6 +191,12 @@ def centralised_baseline(
         "seconds": time.perf_counter() - start,
         "note": note,
     }
+
+
+def _usual_targets(task: BaselineTask, model: torch.nn.Module) -> tuple[str, ...]:
+    """Modules that a federation trains where its run names none."""
+    kind = Task(kind="sequence-classification", labels=task.labels)
+    return architecture_of(model.config, kind).targets
 
 
 def read_rows(path: str, task: BaselineTask) -> LabelledTexts:

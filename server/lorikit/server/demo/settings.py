@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from lorikit.proto.plan import OptimizerConfig
-from lorikit.server.config import RunConfig
+from lorikit.server.config import Precision, RunConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,10 +24,17 @@ class DemoClass:
     speed_gflops: float
     """Speed the devices declare. They share one machine, so that measuring would make them equal;
     LEGEND chooses depths by it."""
+    precisions: tuple[Precision, ...] = ()
+    """Precisions of the base that its devices may get; empty for those of the run."""
 
 
 CLASSES = (
-    DemoClass(name="wearable-144mb", memory_limit_bytes=144_000_000, speed_gflops=8.0),
+    DemoClass(
+        name="wearable-150mb",
+        memory_limit_bytes=150_000_000,
+        speed_gflops=8.0,
+        precisions=("nf4",),
+    ),
     DemoClass(name="phone-512mb", memory_limit_bytes=512_000_000, speed_gflops=16.0),
     DemoClass(name="tablet-2gb", memory_limit_bytes=2_000_000_000, speed_gflops=30.0),
     DemoClass(name="laptop-8gb", memory_limit_bytes=8_000_000_000, speed_gflops=60.0),
@@ -127,6 +134,7 @@ def run_config(
         seed=demo.seed,
         evaluation_data=evaluation_data.absolute(),
         evaluate_rows=demo.evaluate_rows,
+        class_precisions={kind.name: kind.precisions for kind in CLASSES if kind.precisions},
         head_start="class-means",
         head_start_options={"rule": "discriminant", "max_examples": demo.head_start_examples},
     )

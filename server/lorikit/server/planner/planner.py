@@ -126,6 +126,7 @@ class Planner:
         max_rank: int,
         safety: float = 0.95,
         corrections: MemoryCorrections | None = None,
+        class_precisions: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """Args.
 
@@ -137,9 +138,11 @@ class Planner:
             max_rank: Rank of the global adapter.
             safety: Share of a device's memory limit that a plan may fill.
             corrections: What earlier reports taught; predictions are scaled by it.
+            class_precisions: Allowed precisions of some device classes instead of those of all.
         """
         self._compiler = compiler
         self._precisions = tuple(precisions)
+        self._class_precisions = dict(class_precisions or {})
         self._batch_size = batch_size
         self._max_length = max_length
         self._max_rank = max_rank
@@ -285,7 +288,7 @@ class Planner:
         own = self._seconds(profile, job, chosen)
         others = [
             replace(chosen, precision=precision, kernels="lean")
-            for precision in self._precisions
+            for precision in self._allowed(profile)
             if precision != chosen.precision
         ]
         faster = [other for other in others if self._seconds(profile, job, other) < own]
@@ -304,10 +307,15 @@ class Planner:
         return f"{max(missing, 0) / MEGABYTE:.0f} MB more"
 
     def _by_preference(self, profile: Profile) -> Iterator[list[str]]:
-        allowed = self._light_bytes(profile)
-        light = [p for p in self._precisions if self._compiler.base_bytes(p) <= allowed]
+        allowed = self._allowed(profile)
+        light_bytes = self._light_bytes(profile)
+        light = [p for p in allowed if self._compiler.base_bytes(p) <= light_bytes]
         yield light
-        yield [p for p in self._precisions if p not in light]
+        yield [p for p in allowed if p not in light]
+
+    def _allowed(self, profile: Profile) -> Sequence[str]:
+        """Precisions that a device may get, the best quality first."""
+        return self._class_precisions.get(profile.device_class, self._precisions)
 
     def _light_bytes(self, profile: Profile) -> float:
         return profile.memory_limit_bytes * WEIGHTS_SHARE
@@ -334,7 +342,7 @@ class Planner:
 
     def _fits(self, profile: Profile, job: _Job) -> bool:
         """Whether the leanest plan of any precision fits."""
-        by_size = sorted(self._precisions, key=self._compiler.base_bytes)
+        by_size = sorted(self._allowed(profile), key=self._compiler.base_bytes)
         return any(self._is_allowed(profile, job, self._leanest(job, p)) for p in by_size)
 
     def _leanest(self, job: _Job, precision: str) -> _Candidate:
@@ -378,7 +386,7 @@ class Planner:
         )
 
     def _refusal(self, profile: Profile, job: _Job) -> DoesNotFitError:
-        peaks = {p: self._peak(profile, job, self._leanest(job, p)) for p in self._precisions}
+        peaks = {p: self._peak(profile, job, self._leanest(job, p)) for p in self._allowed(profile)}
         smallest = min(peaks, key=lambda precision: peaks[precision])
         need = peaks[smallest]
         limit = profile.memory_limit_bytes
@@ -402,7 +410,7 @@ class Planner:
         everything = tuple(range(self._compiler.layer_count))
         job = _Job(rank=self._max_rank, lowest=0, kept=everything)
         best = _Candidate(
-            precision=self._precisions[0],
+            precision=self._allowed(profile)[0],
             kernels="lean",
             micro_batch=next(self._micro_batches()),
         )
