@@ -8,6 +8,7 @@ import pytest
 from lorikit.proto.device import EngineInfo, Profile
 from lorikit.server.methods.base import Assignment
 from lorikit.server.planner import DoesNotFitError, MemoryCorrections, Planner
+from lorikit.server.planner.corrections import ENOUGH_REPORTS
 
 MB = 1_000_000
 BASE = {"fp32": 80 * MB, "fp16": 40 * MB, "int8": 20 * MB, "int4": 12 * MB, "nf4": 10 * MB}
@@ -201,6 +202,18 @@ def test_what_a_class_reported_scales_its_plans() -> None:
     )
     with pytest.raises(DoesNotFitError):
         with_it.choose(profile(90), assignment())
+
+
+def test_a_class_that_reported_may_fill_more_of_its_limit() -> None:
+    learnt = MemoryCorrections()
+    for _ in range(ENOUGH_REPORTS):
+        learnt.observe("a class", predicted_bytes=MB, measured_bytes=MB)
+    settings = {"precisions": ["nf4"], "batch_size": 1, "safety": 0.95}
+
+    # 50 app + 10 base + 4 rank + 8 layers + 5 an example = 77 MB, 97.5 % of 79 MB.
+    planner(corrections=learnt, **settings).choose(profile(79), assignment())
+    with pytest.raises(DoesNotFitError, match="Allow the app 77 MiB"):
+        planner(**settings).choose(profile(79), assignment())
 
 
 def test_a_deep_model_is_asked_for_few_plans() -> None:

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 _RATE = 0.3
 """Weight of a new ratio, once a class has given a few."""
 
+ENOUGH_REPORTS = 3
+"""Reports of a class after which its factor is believed."""
+
 _LARGEST_MOVE = 0.1
 """Largest change of a factor by one report, as a share of it."""
 
@@ -43,6 +46,10 @@ class MemoryCorrections:
     def factor(self, device_class: str) -> float:
         """Measured bytes per predicted byte for a class; 1 for one that has not reported."""
         return self._known.get(device_class, Correction()).factor
+
+    def is_measured(self, device_class: str) -> bool:
+        """Whether enough reports of a class came in for its factor to stand for it."""
+        return self._known.get(device_class, Correction()).reports >= ENOUGH_REPORTS
 
     def observe(self, device_class: str, *, predicted_bytes: float, measured_bytes: float) -> None:
         """Learn from one report.

@@ -16,6 +16,9 @@ from lorikit.server.planner.speed import step_seconds
 MEBIBYTE = 1 << 20
 MEGABYTE = 1_000_000
 
+MEASURED_SAFETY = 0.98
+"""Share of a memory limit that a plan may fill where the class has reported measured peaks."""
+
 ENOUGH_TOKENS = 256
 """Tokens in a micro-batch beyond which a larger one is no faster on a CPU; measured on two
 cores."""
@@ -136,7 +139,8 @@ class Planner:
             batch_size: Examples per optimiser step.
             max_length: Tokens of the longest example.
             max_rank: Rank of the global adapter.
-            safety: Share of a device's memory limit that a plan may fill.
+            safety: Share of a device's memory limit that a plan may fill; ``MEASURED_SAFETY`` where
+                the class has reported measured peaks.
             corrections: What earlier reports taught; predictions are scaled by it.
             class_precisions: Allowed precisions of some device classes instead of those of all.
         """
@@ -335,7 +339,12 @@ class Planner:
         yield self._max_rank
 
     def _budget(self, profile: Profile) -> int:
-        return int(profile.memory_limit_bytes * self._safety)
+        return int(profile.memory_limit_bytes * self._share(profile))
+
+    def _share(self, profile: Profile) -> float:
+        """Share of the limit that a plan may fill: more of it where the class was measured."""
+        is_measured = self._corrections.is_measured(profile.device_class)
+        return max(self._safety, MEASURED_SAFETY) if is_measured else self._safety
 
     def _is_allowed(self, profile: Profile, job: _Job, candidate: _Candidate) -> bool:
         return self._peak(profile, job, candidate) <= self._budget(profile)
@@ -395,7 +404,7 @@ class Planner:
             f"layer {job.lowest}, micro-batch 1 x {self._max_length} tokens) needs "
             f"{need / MEBIBYTE:.0f} MiB; the device allows {limit / MEBIBYTE:.0f} MiB."
         )
-        remedy = f"Allow the app {need / self._safety / MEBIBYTE:.0f} MiB"
+        remedy = f"Allow the app {need / self._share(profile) / MEBIBYTE:.0f} MiB"
         shorter = self._max_length // 2
         while shorter >= 8:
             peak = self._peak(profile, job, self._leanest(job, smallest), shorter)
