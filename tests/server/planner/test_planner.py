@@ -212,7 +212,7 @@ def test_a_class_that_reported_may_fill_more_of_its_limit() -> None:
 
     # 50 app + 10 base + 4 rank + 8 layers + 5 an example = 77 MB, 97.5 % of 79 MB.
     planner(corrections=learnt, **settings).choose(profile(79), assignment())
-    with pytest.raises(DoesNotFitError, match="Allow the app 77 MiB"):
+    with pytest.raises(DoesNotFitError, match="allow the app 77 MiB"):
         planner(**settings).choose(profile(79), assignment())
 
 
