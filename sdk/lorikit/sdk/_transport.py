@@ -360,9 +360,9 @@ class GrpcTransport:
         with self._lock:
             self._calls.add(call)
             interrupted = self._interrupted
-        if interrupted:
-            call.cancel()
         try:
+            if interrupted:
+                raise CancelledError("the call was interrupted")
             yield
         finally:
             with self._lock:
