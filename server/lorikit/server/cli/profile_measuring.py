@@ -46,36 +46,50 @@ def rehearsed(
     Raises:
         CommandError: The process failed, or did not keep to the class's limit.
     """
+    settings = rehearsal(compiler, entry, work, folder=folder, steps=steps)
+    return dataclasses.replace(
+        entry, measured=measure(settings, folder / "rehearsal.json", entry.device_class.name)
+    )
+
+
+def rehearsal(
+    compiler: Compiler, entry: ClassPlan, work: Work, *, folder: Path, steps: int = 3
+) -> Mapping[str, object]:
+    """What a device process needs to know to carry out a plan; see ``rehearsed``."""
+    choice = entry.choice
     package = compiler.package(
-        precision=entry.choice.precision,
+        precision=choice.precision,
         lowest_trained_layer=entry.lowest_trained_layer,
         kept_layers=entry.kept_layers,
-        runtime=entry.choice.runtime,
-        recomputed_layers=entry.choice.recomputed_layers,
-        kernels=entry.choice.kernels,
+        runtime=choice.runtime,
+        recomputed_layers=choice.recomputed_layers,
+        kernels=choice.kernels,
     )
-    settings = {
+    return {
         "folder": str(folder),
         "manifest": package.ref.digest,
         "rows": _write_rows(package.manifest, folder, work),
         "rank": entry.rank,
         "batch_size": work.batch_size,
-        "micro_batch": entry.choice.micro_batch,
+        "micro_batch": choice.micro_batch,
         "length": work.length,
         "steps": steps,
         "threads": max(1, min(entry.device_class.cores, os.cpu_count() or 1)),
         "memory_limit": entry.device_class.memory_limit_bytes,
     }
-    figures = _run(settings, folder / "rehearsal.json", entry.device_class.name)
-    measured = Measured(
-        peak_bytes=int(figures["peak_memory_bytes"]),
-        anonymous_bytes=int(figures["anonymous_memory_bytes"]),
-        seconds_per_step=figures["seconds_per_step"],
-    )
-    return dataclasses.replace(entry, measured=measured)
 
 
-def _run(settings: Mapping[str, object], path: Path, name: str) -> dict[str, float]:
+def measure(settings: Mapping[str, object], path: Path, name: str) -> Measured:
+    """Carry out a plan in a process of its own.
+
+    Args:
+        settings: From ``rehearsal``.
+        path: Where they are written for the process.
+        name: Class of the device, for messages.
+
+    Raises:
+        CommandError: The process failed, or did not keep to the class's limit.
+    """
     path.write_text(json.dumps(settings), encoding="utf-8")
     command = [sys.executable, "-m", "lorikit.sdk._rehearsal", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -89,7 +103,11 @@ def _run(settings: Mapping[str, object], path: Path, name: str) -> dict[str, flo
             ExitCode.INTERNAL, f"class {name}: the rehearsal failed: {_last_line(done.stderr)}"
         )
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    return Measured(
+        peak_bytes=int(figures["peak_memory_bytes"]),
+        anonymous_bytes=int(figures["anonymous_memory_bytes"]),
+        seconds_per_step=figures["seconds_per_step"],
+    )
 
 
 def _last_line(text: str) -> str:
