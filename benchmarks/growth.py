@@ -200,24 +200,13 @@ def clocked(folder: Path, digest: str, alike: Sequence[Point]) -> list[list[floa
 def predict(compiler: Compiler, point: Point) -> dict[str, Any]:
     """What the planner expects: bytes, part by part, and seconds at an assumed speed."""
     from lorikit.server.planner.speed import step_seconds
+    from lorikit.server.planner.step import StepShape
 
-    variant = point.variant()
-    footprint = compiler.footprint(
-        **variant,
-        rank=point.rank,
-        micro_batch=point.micro_batch,
-        length=point.length,
-        baseline_bytes=BASELINE_BYTES,
+    step = StepShape(
+        **point.variant(), rank=point.rank, micro_batch=point.micro_batch, length=point.length
     )
-    seconds = step_seconds(
-        compiler,
-        **variant,
-        kernels="lean",
-        batch_size=point.micro_batch,
-        micro_batch=point.micro_batch,
-        length=point.length,
-        speed_gflops=0,
-    )
+    footprint = compiler.footprint(step, baseline_bytes=BASELINE_BYTES)
+    seconds = step_seconds(compiler, step, batch_size=point.micro_batch, speed_gflops=0)
     return {
         "predicted_peak_memory_bytes": footprint.total_bytes,
         "predicted_seconds": seconds,

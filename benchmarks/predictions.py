@@ -17,7 +17,6 @@ anew and measures the plans that changed; ``--draw`` draws what is there.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import platform

@@ -27,6 +27,7 @@ from lorikit.server.config import RunConfig, read_evaluation_data, read_server_c
 from lorikit.server.export import write_adapter
 from lorikit.server.methods.base import AdapterSpace
 from lorikit.server.planner.planner import Planner
+from lorikit.server.planner.step import StepShape
 from lorikit.server.store.blobs import FolderBlobs
 from lorikit.server.work import RunParts
 
@@ -93,19 +94,7 @@ class CompiledParts:
         }
         return self._session.run(["logits"], feeds)[0]
 
-    def predicted_peak_memory(
-        self,
-        *,
-        precision: str,
-        lowest_trained_layer: int,
-        kept_layers: Sequence[int] | None,
-        rank: int,
-        micro_batch: int,
-        length: int,
-        baseline_bytes: int,
-        recomputed_layers: Sequence[int] = (),
-        kernels: str = "lean",
-    ) -> int:
+    def predicted_peak_memory(self, step: StepShape, *, baseline_bytes: int) -> int:
         return baseline_bytes + (100 << 20)
 
     def base_bytes(self, precision: str) -> int:

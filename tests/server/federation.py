@@ -37,7 +37,7 @@ from lorikit.server.config import (
     read_evaluation_data,
 )
 from lorikit.server.methods.base import AdapterSpace, Assignment, Participant
-from lorikit.server.planner.planner import DoesNotFitError
+from lorikit.server.planner.choice import DoesNotFitError
 from lorikit.server.store.blobs import FolderBlobs
 from lorikit.server.work import RunParts
 

@@ -35,7 +35,7 @@ from lorikit.server.methods.base import (
     State,
 )
 from lorikit.server.methods.state import pack_state, unpack_state
-from lorikit.server.planner.planner import DoesNotFitError
+from lorikit.server.planner.choice import DoesNotFitError
 from lorikit.server.plans import (
     Choice,
     assignment_from_json,

@@ -18,13 +18,13 @@ class Model:
     """Base, plus 1 MB a rank, 2 MB a trained layer, and 5 MB an example at 32 tokens.
 
     With ``kept_mb``, an example at 32 tokens keeps that much more for each trained layer that is
-    not recomputed.
+    not recomputed; with ``layer_mb``, each layer of the sub-model takes that much.
     """
 
     layer_count = 4
 
-    def __init__(self, kept_mb=0):
-        self.kept_mb = kept_mb
+    def __init__(self, kept_mb=0, layer_mb=0):
+        self.kept_mb, self.layer_mb = kept_mb, layer_mb
         self.asked = 0
 
     def base_bytes(self, precision):
@@ -34,25 +34,13 @@ class Model:
         trained = sum(layer >= lowest_trained_layer for layer in kept_layers)
         return 10**6 * (len(kept_layers) + trained)
 
-    def predicted_peak_memory(
-        self,
-        *,
-        precision,
-        lowest_trained_layer,
-        kept_layers,
-        rank,
-        micro_batch,
-        length,
-        baseline_bytes,
-        recomputed_layers=(),
-        kernels="lean",
-    ):
+    def predicted_peak_memory(self, step, *, baseline_bytes):
         self.asked += 1
-        trained = [layer for layer in kept_layers if layer >= lowest_trained_layer]
-        kept = self.kept_mb * len(set(trained) - set(recomputed_layers))
-        live = (5 + kept) * MB * micro_batch * length // 32
-        base = BASE[precision] * (2 if kernels == "fast" else 1)
-        return baseline_bytes + base + rank * MB + 2 * len(trained) * MB + live
+        kept = self.kept_mb * len(set(step.trained_layers) - set(step.recomputed_layers))
+        live = (5 + kept) * MB * step.micro_batch * step.length // 32
+        base = BASE[step.precision] * (2 if step.kernels == "fast" else 1)
+        layers = (2 * len(step.trained_layers) + self.layer_mb * len(step.kept_layers)) * MB
+        return baseline_bytes + base + step.rank * MB + layers + live
 
 
 def planner(model=None, **changes):
@@ -124,6 +112,25 @@ def test_refusal_names_the_limit_and_the_smallest_remedy() -> None:
 
     assert "needs 73 MiB; the device allows 72 MiB" in caught.value.reason
     assert caught.value.remedy == "Set max_length to 16, or allow the app 73 MiB."
+
+
+def test_refusal_names_a_precision_that_the_run_does_not_allow() -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        planner(precisions=["fp32", "fp16"]).choose(profile(88), assignment())
+
+    # 50 app + 40 base + 4 rank + 8 layers + 5 = 107 MB; of the others int8, at 87 MB, fits best.
+    assert caught.value.remedy == "Allow the precision int8, or allow the app 102 MiB."
+
+
+def test_refused_device_is_told_what_the_smallest_sub_model_needs() -> None:
+    model = Model(layer_mb=10)
+
+    with pytest.raises(DoesNotFitError) as caught:
+        planner(model).participant("d", profile(60), {})
+
+    # 50 app + 10 base + 1 rank + 2 + 5 = 68 MB, and 10 for the one layer that is kept.
+    assert "rank 1, 1 layer, trained from layer 0" in caught.value.reason
+    assert "needs 74 MiB" in caught.value.reason
 
 
 def test_the_runtime_is_that_of_the_preferred_engine() -> None:

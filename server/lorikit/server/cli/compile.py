@@ -20,6 +20,7 @@ from lorikit.server.cli.display import (
 )
 from lorikit.server.cli.exit_codes import CommandError, ExitCode
 from lorikit.server.cli.profile_plans import BASELINE_BYTES
+from lorikit.server.planner.step import StepShape
 
 if TYPE_CHECKING:
     from lorikit.server.compile import Package
@@ -99,15 +100,17 @@ def compile_model(
         announce("Predicting memory")
         memory = {
             micro_batch: compiler.predicted_peak_memory(
-                precision=precision,
-                lowest_trained_layer=lowest_trained_layer,
-                kept_layers=package.manifest.kept_layers,
-                rank=rank,
-                micro_batch=micro_batch,
-                length=length,
+                StepShape(
+                    precision=precision,
+                    lowest_trained_layer=lowest_trained_layer,
+                    kept_layers=package.manifest.kept_layers,
+                    rank=rank,
+                    micro_batch=micro_batch,
+                    length=length,
+                    recomputed_layers=recomputed,
+                    kernels=kernels,
+                ),
                 baseline_bytes=BASELINE_BYTES,
-                recomputed_layers=recomputed,
-                kernels=kernels,
             )
             for micro_batch in _MICRO_BATCHES
         }

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorikit.server.cli.device_classes import DeviceClass
+from lorikit.server.planner.choice import Choice, DoesNotFitError
 from lorikit.server.planner.memory import Footprint
-from lorikit.server.planner.planner import Choice, DoesNotFitError, Planner, lowest_trained_layer
+from lorikit.server.planner.planner import Planner, lowest_trained_layer
 from lorikit.server.planner.speed import step_flops
+from lorikit.server.planner.step import StepShape
 
 if TYPE_CHECKING:
     from lorikit.server.compile import Compiler
@@ -93,23 +95,15 @@ def _class_plan(
 ) -> ClassPlan:
     rank = max(assignment.ranks.values(), default=1)
     lowest = lowest_trained_layer(assignment, compiler.layer_count)
-    footprint = compiler.footprint(
+    step = StepShape(
         precision=choice.precision,
         lowest_trained_layer=lowest,
-        kept_layers=assignment.kept_layers,
+        kept_layers=tuple(assignment.kept_layers),
         rank=rank,
         micro_batch=choice.micro_batch,
         length=work.length,
-        baseline_bytes=BASELINE_BYTES,
         recomputed_layers=choice.recomputed_layers,
         kernels=choice.kernels,
-    )
-    flops = step_flops(
-        compiler,
-        lowest_trained_layer=lowest,
-        kept_layers=assignment.kept_layers,
-        recomputed_layers=choice.recomputed_layers,
-        tokens=work.batch_size * work.length,
     )
     every, trained = _adapter_bytes(compiler, assignment, rank)
     return ClassPlan(
@@ -119,8 +113,8 @@ def _class_plan(
         trained_layers=tuple(assignment.trained_layers),
         kept_layers=tuple(assignment.kept_layers),
         lowest_trained_layer=lowest,
-        footprint=footprint,
-        flops_per_step=sum(flops),
+        footprint=compiler.footprint(step, baseline_bytes=BASELINE_BYTES),
+        flops_per_step=step_flops(compiler, step, work.batch_size),
         base_bytes=compiler.base_bytes(choice.precision),
         bytes_down=every,
         bytes_up=trained,

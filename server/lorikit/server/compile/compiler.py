@@ -55,6 +55,7 @@ from lorikit.server.compile.weights import Base, KernelReport, frozen_weights, s
 from lorikit.server.errors import UnsupportedModelError, VerificationError
 from lorikit.server.methods.base import AdapterSpace
 from lorikit.server.planner.memory import Footprint, footprint
+from lorikit.server.planner.step import StepShape
 from lorikit.server.store.blobs import FolderBlobs
 
 Progress = Callable[[str], None]
@@ -183,75 +184,34 @@ class Compiler:
                 self._packages[variant] = self._build(variant)
             return self._packages[variant]
 
-    def predicted_peak_memory(
-        self,
-        *,
-        precision: str,
-        lowest_trained_layer: int,
-        kept_layers: Sequence[int] | None,
-        rank: int,
-        micro_batch: int,
-        length: int,
-        baseline_bytes: int,
-        recomputed_layers: Sequence[int] = (),
-        kernels: str = "lean",
-    ) -> int:
+    def predicted_peak_memory(self, step: StepShape, *, baseline_bytes: int) -> int:
         """Predicted peak resident bytes of a device process; see ``footprint``."""
-        return self.footprint(
-            precision=precision,
-            lowest_trained_layer=lowest_trained_layer,
-            kept_layers=kept_layers,
-            rank=rank,
-            micro_batch=micro_batch,
-            length=length,
-            baseline_bytes=baseline_bytes,
-            recomputed_layers=recomputed_layers,
-            kernels=kernels,
-        ).total_bytes
+        return self.footprint(step, baseline_bytes=baseline_bytes).total_bytes
 
-    def footprint(
-        self,
-        *,
-        precision: str,
-        lowest_trained_layer: int,
-        kept_layers: Sequence[int] | None,
-        rank: int,
-        micro_batch: int,
-        length: int,
-        baseline_bytes: int,
-        recomputed_layers: Sequence[int] = (),
-        kernels: str = "lean",
-    ) -> Footprint:
-        """Predicted peak of a device process that trains the variant, part by part.
+    def footprint(self, step: StepShape, *, baseline_bytes: int) -> Footprint:
+        """Predicted peak of a device process that trains a variant, part by part.
 
         Args:
-            precision: Of the base.
-            lowest_trained_layer: Depth.
-            kept_layers: Of the sub-model; None for all.
-            rank: LoRA rank of every module.
-            micro_batch: Examples per run of the graph.
-            length: Tokens of the longest example.
+            step: Which variant, and the lengths it runs with.
             baseline_bytes: Resident memory of the app before training.
-            recomputed_layers: Layers whose forward values are made again for the backward pass.
-            kernels: ``lean`` or ``fast``.
         """
         variant = self._variant(
-            precision,
-            lowest_trained_layer,
-            kept_layers,
+            step.precision,
+            step.lowest_trained_layer,
+            step.kept_layers,
             "onnx",
-            recomputed_layers=recomputed_layers,
-            kernels=kernels,
+            recomputed_layers=step.recomputed_layers,
+            kernels=step.kernels,
         )
         memory = self._memory_of(variant)
-        sizes = {"batch": micro_batch, "length": length, "rank": rank}
+        sizes = {"batch": step.micro_batch, "length": step.length, "rank": step.rank}
         return footprint(
             baseline_bytes=baseline_bytes,
             node_count=memory.node_count,
             weight_bytes=memory.mapped_bytes,
             packed_bytes=memory.packed_bytes,
-            adapter_elements=self.adapter_elements(variant, rank),
-            trained_elements=self.adapter_elements(variant, rank, trained=True),
+            adapter_elements=self.adapter_elements(variant, step.rank),
+            trained_elements=self.adapter_elements(variant, step.rank, trained=True),
             arena_bytes=memory.arena_bytes(sizes),
             workspace_bytes=memory.lifetimes.peak(sizes).workspace_bytes,
         )

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from lorikit.server.planner.choice import Choice, DoesNotFitError
 from lorikit.server.planner.corrections import MemoryCorrections
 from lorikit.server.planner.memory import Footprint
-from lorikit.server.planner.planner import Choice, DoesNotFitError, Planner, lowest_trained_layer
+from lorikit.server.planner.planner import Planner, lowest_trained_layer
+from lorikit.server.planner.step import StepShape
 
 __all__ = [
     "Choice",
@@ -13,5 +15,6 @@ __all__ = [
     "Footprint",
     "MemoryCorrections",
     "Planner",
+    "StepShape",
     "lowest_trained_layer",
 ]

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from lorikit.server.planner.step import StepShape
+
 EFFICIENCY = 0.5
 """Share of the measured matrix-product speed that a training step reaches."""
 
@@ -38,61 +40,35 @@ class Work(Protocol):
         ...
 
 
-def step_flops(
-    work: Work,
-    *,
-    lowest_trained_layer: int,
-    kept_layers: Sequence[int],
-    recomputed_layers: Sequence[int],
-    tokens: int,
-) -> tuple[int, int]:
-    """Operations of the forward pass, recomputation included, and of the backward pass."""
+def step_flops(work: Work, step: StepShape, batch_size: int) -> int:
+    """Operations of an optimiser step in products with frozen weights."""
+    return sum(_token_flops(work, step)) * batch_size * step.length
+
+
+def _token_flops(work: Work, step: StepShape) -> tuple[int, int]:
+    """Operations per token: of the forward pass, recomputation included, and of the backward."""
     nothing_trains = work.layer_count
-    forward = work.flops_per_token(nothing_trains, kept_layers)
-    backward = work.flops_per_token(lowest_trained_layer, kept_layers) - forward
-    again = work.flops_per_token(nothing_trains, recomputed_layers) if recomputed_layers else 0
-    return (forward + again) * tokens, backward * tokens
+    forward = work.flops_per_token(nothing_trains, step.kept_layers)
+    backward = work.flops_per_token(step.lowest_trained_layer, step.kept_layers) - forward
+    again = work.flops_per_token(nothing_trains, step.recomputed_layers)
+    return forward + again, backward
 
 
-def step_seconds(
-    work: Work,
-    *,
-    precision: str,
-    kernels: str,
-    lowest_trained_layer: int,
-    kept_layers: Sequence[int],
-    recomputed_layers: Sequence[int],
-    batch_size: int,
-    micro_batch: int,
-    length: int,
-    speed_gflops: float,
-) -> float:
+def step_seconds(work: Work, step: StepShape, *, batch_size: int, speed_gflops: float) -> float:
     """Estimated seconds of an optimiser step.
 
     Args:
         work: Operations of the model.
-        precision: Of the base.
-        kernels: ``lean`` or ``fast``.
-        lowest_trained_layer: Where backward stops.
-        kept_layers: Layers of the sub-model.
-        recomputed_layers: Layers whose forward pass runs twice.
-        batch_size: Examples of the step.
-        micro_batch: Examples per run of the graph.
-        length: Tokens of an example.
+        step: A run of the graph.
+        batch_size: Examples of the optimiser step.
         speed_gflops: Measured speed of float32 matrix products; 0 where unknown.
     """
-    forward, backward = step_flops(
-        work,
-        lowest_trained_layer=lowest_trained_layer,
-        kept_layers=kept_layers,
-        recomputed_layers=recomputed_layers,
-        tokens=1,
-    )
-    ahead = _FORWARD_COST.get(precision, 0.0)
-    if kernels == "fast":
-        ahead = _FAST_FORWARD_COST.get(precision, ahead)
+    forward, backward = _token_flops(work, step)
+    ahead = _FORWARD_COST.get(step.precision, 0.0)
+    if step.kernels == "fast":
+        ahead = _FAST_FORWARD_COST.get(step.precision, ahead)
     # A weight takes part with two operations a token, so half of them is the number of elements.
-    reading = forward / 2 * ahead + backward / 2 * _BACKWARD_COST.get(precision, 0.0)
-    runs = -(-batch_size // micro_batch)
-    operations = (forward + backward) * batch_size * length + reading * runs
+    reading = forward / 2 * ahead + backward / 2 * _BACKWARD_COST.get(step.precision, 0.0)
+    runs = -(-batch_size // step.micro_batch)
+    operations = (forward + backward) * batch_size * step.length + reading * runs
     return operations / ((speed_gflops or DEFAULT_GFLOPS) * 1e9 * EFFICIENCY)
