@@ -43,7 +43,7 @@ CLOCKED = 3
 """Steps of which the median processor time is taken, after one that does not count."""
 THREADS = 2
 """Of a process whose memory is measured."""
-BASELINE_BYTES = 54_000_000
+BASELINE_BYTES = 36_000_000
 """Resident memory of an app before training, as ``lorikit profile`` assumes it."""
 WORDS = "account transfer weather balance card please what is the my in of to a"
 PRECISIONS = ("int8", "nf4")

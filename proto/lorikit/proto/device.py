@@ -37,7 +37,7 @@ class Profile:
     """``name@version`` of each operation the SDK can carry out."""
     codecs: tuple[str, ...] = ()
     memory_baseline_bytes: int = 0
-    """Resident memory of the app before any training."""
+    """Resident memory of the app before any training, without pages of files it can read again."""
     download_bytes_per_second: float = 0.0
     upload_bytes_per_second: float = 0.0
 

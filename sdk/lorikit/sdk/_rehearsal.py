@@ -30,6 +30,7 @@ from lorikit.sdk import MemoryUse, MemoryWatch, limit_memory, memory_use
 from lorikit.sdk._data import Dataset, read_dataset
 from lorikit.sdk._events import Event, Progress
 from lorikit.sdk._memory import lacks_memory, small_stacks
+from lorikit.sdk._pages import release_file_pages
 from lorikit.sdk._plan import PlanExecutor
 from lorikit.sdk._store import Journal
 from lorikit.sdk.engines import open_engine
@@ -62,6 +63,7 @@ def rehearse(settings: Settings) -> dict[str, float]:
     folder = Path(settings.folder)
     manifest = load((folder / settings.manifest).read_bytes())
     data = _data(settings, manifest, folder)
+    release_file_pages()
     baseline = memory_use().resident_bytes
     engine = open_engine(None, manifest, folder, threads=settings.threads)
     ends: list[float] = []

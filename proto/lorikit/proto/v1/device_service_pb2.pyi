@@ -91,7 +91,9 @@ class Profile(_message.Message):
     plan_version: _builtins.int
     """Highest plan format this SDK can carry out."""
     memory_baseline_bytes: _builtins.int
-    """Resident memory of the app before any training, bytes."""
+    """Resident memory of the app before any training, without pages of files that it can read again
+    where the system lets go of them, bytes.
+    """
     download_bytes_per_second: _builtins.float
     """Measured download rate, bytes per second."""
     upload_bytes_per_second: _builtins.float

@@ -18,6 +18,7 @@ from lorikit.sdk._errors import (
     UnsupportedPackageError,
 )
 from lorikit.sdk._heap import release_freed_memory
+from lorikit.sdk._pages import release_file_pages
 from lorikit.sdk.engines._probe import check_probe, parse_probe
 from lorikit.sdk.engines._signature import (
     GRADIENT_SUFFIX,
@@ -49,7 +50,8 @@ class PackageEngine:
     """One opened package on any runtime.
 
     Graphs are opened when first used, and only one is held at a time: a device either trains or
-    predicts, and each session costs memory for its nodes and its arena.
+    predicts, and each session costs memory for its nodes and its arena. What the process mapped to
+    get that far (imports, the registration of kernels, a graph's weights) is given back around it.
     """
 
     def __init__(
@@ -164,8 +166,10 @@ class PackageEngine:
             graph = self._manifest.graph(name, self._runtime)
         except ManifestError as error:
             raise UnsupportedPackageError(str(error)) from error
+        release_file_pages(self._folder)
         session = self._open_graph(graph, self._folder / graph.blob.digest)
         _check_interface(graph, session)
+        release_file_pages(self._folder)
         self._open = (graph, session)
         return self._open
 

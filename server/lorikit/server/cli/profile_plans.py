@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from lorikit.server.compile import Compiler
     from lorikit.server.methods.base import Assignment, Participant
 
-BASELINE_BYTES = 54_000_000
-"""Resident memory assumed for a device process before it trains: interpreter, numpy and gRPC,
-measured on Linux x86-64; the planner adds the runtime."""
+BASELINE_BYTES = 36_000_000
+"""Resident memory assumed for a device process before it trains: interpreter, numpy and gRPC
+without their code, measured on Linux x86-64; the planner adds the runtime."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
