@@ -179,7 +179,8 @@ def test_old_protocol_is_told_to_update(
 def test_enrolment_sends_the_profile_and_gets_an_identity(
     server: Loopback, transport: GrpcTransport
 ) -> None:
-    assert transport.enrol("abcdefgh", PROFILE, "") == ("device-abcdef", "secret")
+    given = transport.enrol("abcdefgh", PROFILE, "")
+    assert (given.device_id, given.token) == ("device-abcdef", "secret")
 
     (sent,) = server.profiles
     assert sent.memory_limit_bytes == 256_000_000

@@ -289,16 +289,18 @@ class Device:
     protocol: str = "1"
     device_id: str = ""
     token: str = ""
+    credentials: grpc.ChannelCredentials | None = None
 
     def __post_init__(self) -> None:
-        self.channel = grpc.insecure_channel(
-            self.address,
-            options=[
-                ("grpc.initial_reconnect_backoff_ms", 50),
-                ("grpc.min_reconnect_backoff_ms", 50),
-                ("grpc.max_reconnect_backoff_ms", 200),
-            ],
-        )
+        options = [
+            ("grpc.initial_reconnect_backoff_ms", 50),
+            ("grpc.min_reconnect_backoff_ms", 50),
+            ("grpc.max_reconnect_backoff_ms", 200),
+        ]
+        if self.credentials is None:
+            self.channel = grpc.insecure_channel(self.address, options=options)
+        else:
+            self.channel = grpc.secure_channel(self.address, self.credentials, options=options)
         self.stub = DeviceServiceStub(self.channel)
 
     def close(self) -> None:
@@ -307,7 +309,7 @@ class Device:
     @property
     def metadata(self) -> list[tuple[str, str]]:
         known = [(PROTOCOL_METADATA, self.protocol)]
-        if self.device_id:
+        if self.device_id and self.token:
             known += [(DEVICE_METADATA, self.device_id), (TOKEN_METADATA, self.token)]
         return known
 

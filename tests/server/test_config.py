@@ -24,6 +24,7 @@ from lorikit.server.config import (
     read_server_config,
 )
 from lorikit.server.errors import RequestError
+from lorikit.server.identity.authority import Authority
 
 FIELDS = {"name": "intents", "model": "models/mini", "labels": ["a", "b"], "rounds": 2}
 TASK = Task(kind="sequence-classification", labels=("yes", "no"))
@@ -133,9 +134,15 @@ def test_plain_text_is_allowed_on_this_machine(address):
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "example.org:1", "[::]:1", "192.168.0.7:1"])
-def test_plain_text_that_others_can_reach_must_be_asked_for(address):
-    assert "insecure = true" in complaint(ServerConfig, address=address)
-    assert ServerConfig(address=address, insecure=True).insecure
+def test_plain_text_that_others_can_reach_is_refused(address):
+    assert "lorikit certs init" in complaint(ServerConfig, address=address)
+    assert "lorikit certs init" in complaint(ServerConfig, address=address, insecure=True)
+
+
+def test_address_that_others_can_reach_is_taken_with_an_authority(tmp_path):
+    Authority.create(ServerConfig(folder=tmp_path).identity_folder, hosts=["example.org"])
+
+    assert ServerConfig(folder=tmp_path, address="0.0.0.0:1").has_authority
 
 
 def test_certificate_needs_its_key():

@@ -21,6 +21,12 @@ ERROR_METADATA = "lorikit-error"
 RETRY_METADATA = "lorikit-retry-seconds"
 """Trailing metadata key of the seconds to wait before trying again, where known."""
 
+PACKAGE_SIGNATURE_CONTEXT = b"lorikit-package-1\n"
+"""What stands before a package's digest (lower-case hexadecimal) in the signed bytes."""
+
+MAX_CERTIFICATE_BYTES = 16 << 10
+"""Longest certificate or signing request, PEM."""
+
 CHUNK_BYTES = 1 << 20
 """Bytes of a chunk as we send it."""
 

@@ -22,6 +22,13 @@ class ErrorCode(StrEnum):
     REQUEST_INVALID = "REQUEST_INVALID"
     IDENTITY_REQUIRED = "IDENTITY_REQUIRED"
     ENROLMENT_REFUSED = "ENROLMENT_REFUSED"
+    CERTIFICATE_REQUIRED = "CERTIFICATE_REQUIRED"
+    CERTIFICATE_FOREIGN = "CERTIFICATE_FOREIGN"
+    CERTIFICATE_EXPIRED = "CERTIFICATE_EXPIRED"
+    CERTIFICATE_REVOKED = "CERTIFICATE_REVOKED"
+    ROLE_REQUIRED = "ROLE_REQUIRED"
+    RATE_LIMITED = "RATE_LIMITED"
+    STREAM_STALLED = "STREAM_STALLED"
     TASK_UNKNOWN = "TASK_UNKNOWN"
     ROUND_CLOSED = "ROUND_CLOSED"
     BLOB_UNKNOWN = "BLOB_UNKNOWN"
@@ -29,6 +36,7 @@ class ErrorCode(StrEnum):
     UPDATE_CORRUPT = "UPDATE_CORRUPT"
     UPDATE_INVALID = "UPDATE_INVALID"
     UPDATE_TOO_LARGE = "UPDATE_TOO_LARGE"
+    UPDATE_REPLAYED = "UPDATE_REPLAYED"
     RUN_UNKNOWN = "RUN_UNKNOWN"
     RUN_EXISTS = "RUN_EXISTS"
     CONFIG_INVALID = "CONFIG_INVALID"
@@ -64,6 +72,27 @@ STATUS: Mapping[ErrorCode, Status] = {
     ErrorCode.ENROLMENT_REFUSED: Status(
         grpc.StatusCode.PERMISSION_DENIED, "The enrolment token is missing, used or wrong."
     ),
+    ErrorCode.CERTIFICATE_REQUIRED: Status(
+        grpc.StatusCode.UNAUTHENTICATED, "This call needs a client certificate of this server."
+    ),
+    ErrorCode.CERTIFICATE_FOREIGN: Status(
+        grpc.StatusCode.UNAUTHENTICATED, "The certificate was not issued by this server."
+    ),
+    ErrorCode.CERTIFICATE_EXPIRED: Status(
+        grpc.StatusCode.UNAUTHENTICATED, "The certificate is not valid at this time."
+    ),
+    ErrorCode.CERTIFICATE_REVOKED: Status(
+        grpc.StatusCode.PERMISSION_DENIED, "The certificate has been revoked."
+    ),
+    ErrorCode.ROLE_REQUIRED: Status(
+        grpc.StatusCode.PERMISSION_DENIED, "The certificate's role does not allow this call."
+    ),
+    ErrorCode.RATE_LIMITED: Status(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, "Too many calls; come back later.", retry=True
+    ),
+    ErrorCode.STREAM_STALLED: Status(
+        grpc.StatusCode.UNAVAILABLE, "The stream stood still for too long.", retry=True
+    ),
     ErrorCode.TASK_UNKNOWN: Status(
         grpc.StatusCode.NOT_FOUND, "The task does not exist or belongs to another device."
     ),
@@ -85,6 +114,9 @@ STATUS: Mapping[ErrorCode, Status] = {
     ),
     ErrorCode.UPDATE_TOO_LARGE: Status(
         grpc.StatusCode.RESOURCE_EXHAUSTED, "The update is larger than this server accepts."
+    ),
+    ErrorCode.UPDATE_REPLAYED: Status(
+        grpc.StatusCode.ALREADY_EXISTS, "Another update was accepted under that name."
     ),
     ErrorCode.RUN_UNKNOWN: Status(grpc.StatusCode.NOT_FOUND, "No run has that name or id."),
     ErrorCode.RUN_EXISTS: Status(

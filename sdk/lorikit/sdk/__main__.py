@@ -64,6 +64,8 @@ _EXIT_CODES: Sequence[tuple[type[Exception], ExitCode]] = (
     (OutOfMemoryError, ExitCode.MEMORY),
 )
 
+_TOKEN_VARIABLE = "LORIKIT_ENROLMENT_TOKEN"
+
 _EPILOG = """\
 exit codes:
   0 run finished, or --max-rounds reached   6 not enrolled
@@ -114,7 +116,8 @@ def _run(options: argparse.Namespace, rows: list[Mapping[str, object]], show: _P
         threads=options.threads,
         insecure=options.insecure,
         root_certificates=None if certificates is None else certificates.read_bytes(),
-        enrolment_token=options.enrolment_token,
+        enrolment_token=options.enrolment_token or os.environ.get(_TOKEN_VARIABLE, ""),
+        enrol_server=options.enrol_server,
         speed_gflops=options.speed_gflops,
         on_event=show.event,
     ) as client:
@@ -227,7 +230,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-rounds", type=_count, help="stop after so many rounds of this device")
     add("--insecure", action="store_true", help="no encryption; for tests and loopback")
     add("--root-certificates", type=Path, help="PEM of the authorities to trust")
-    add("--enrolment-token", default="", help="one-time token of the operator")
+    add(
+        "--enrolment-token",
+        default="",
+        help=f"one-time token of the operator; better given as {_TOKEN_VARIABLE}, which other "
+        "users of the machine cannot see",
+    )
+    add(
+        "--enrol-server", metavar="HOST:PORT", help="where devices enrol; the next port if left out"
+    )
     add("--format", choices=("text", "json"), default="text", help="how events are printed")
     add("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     return parser

@@ -16,7 +16,7 @@ from lorikit.proto.device import Profile
 from lorikit.sdk._config import ClientConfig, parse_bytes
 from lorikit.sdk._connection import Connection
 from lorikit.sdk._data import Image, Row
-from lorikit.sdk._errors import CancelledError, EngineUnavailableError
+from lorikit.sdk._errors import CancelledError, EngineUnavailableError, IdentityError
 from lorikit.sdk._events import Event, State
 from lorikit.sdk._feed import Feed
 from lorikit.sdk._generation import Generation, Sampling
@@ -55,6 +55,7 @@ class Client:
         insecure: bool = False,
         root_certificates: bytes | None = None,
         enrolment_token: str = "",
+        enrol_server: str | None = None,
         speed_gflops: float | None = None,
         on_event: Callable[[Event], None] | None = None,
         config: ClientConfig | None = None,
@@ -75,13 +76,16 @@ class Client:
             threads: Processor threads for training; None: all that the process may use.
             insecure: Connect without encryption. For tests and loopback.
             root_certificates: PEM of the authorities to trust; None: the system's.
-            enrolment_token: One-time token, where the operator requires one.
+            enrolment_token: One-time token of the operator. With it, and TLS, the device asks for
+                a certificate at its first start; later starts need none.
+            enrol_server: Address where devices enrol; None: the next port of ``server``.
             speed_gflops: Speed to tell the server; None: measure it.
             on_event: Called with each event, in the thread in which it happens; keep it short.
             config: Deadlines, retries and bounds.
             transport: How to reach the server; None: gRPC.
 
         Raises:
+            IdentityError: ``insecure`` with a store that has a certificate.
             StoreBusyError: Another client uses the store.
             ValueError: An argument is out of range.
         """
@@ -90,14 +94,24 @@ class Client:
         self._device_class = device_class
         self._engine = engine
         self._threads = threads or _cores()
-        self._enrolment_token = enrolment_token
         self._speed = speed_gflops
         self._rows = data if isinstance(data, Sequence) else list(data)
         self._feed = Feed(on_event)
         self._store = Store(store, max_bytes=self._config.storage_limit_bytes)
+        if insecure and self._store.identity().certificate:
+            self._store.close()
+            raise IdentityError(
+                f"{store} has a certificate, which an insecure connection cannot show; leave out "
+                "insecure"
+            )
         self._transport = transport or GrpcTransport(
-            server, insecure=insecure, root_certificates=root_certificates, config=self._config
+            server,
+            insecure=insecure,
+            root_certificates=root_certificates,
+            enrol_server=enrol_server,
+            config=self._config,
         )
+        self._enrolment_token = "" if insecure else enrolment_token
         self._connection = Connection(self._config, emit=self._feed.emit)
         self._model = LocalModel(self._store, engine=engine, threads=self._threads)
         self._stop = Stop()

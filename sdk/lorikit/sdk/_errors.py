@@ -5,6 +5,12 @@ LorikitError
 ├── ConnectionLostError         server out of reach or busy; the client tries again, for ever
 ├── ProtocolVersionError        the two sides do not understand each other; update the app or server
 ├── IdentityError               the server does not know this device, or refuses to enrol it
+│   ├── EnrolmentRefusedError       the enrolment token is missing, used, too old or wrong
+│   ├── CertificateRequiredError    the call needs a certificate, and none was shown
+│   ├── CertificateForeignError     the certificate is of another authority
+│   ├── CertificateExpiredError     the certificate is not valid now; enrol with a new token
+│   ├── CertificateRevokedError     the operator has cut this device off
+│   └── RoleRequiredError           the certificate is good, but not for this call
 ├── RefusedError                this device does not fit; carries the reason and the remedy
 ├── RoundClosedError            the work no longer counts; ask for the next task
 ├── ServerRefusedError          any other answer of the server; carries its code
@@ -12,6 +18,7 @@ LorikitError
 │   ├── MissingBlobError            a blob is not here; it is fetched when needed
 │   ├── DamagedBlobError            bytes do not match their digest; the blob is fetched again
 │   ├── InvalidGraphError           a graph cannot be read or leaves its package; publish it anew
+│   ├── PackageSignatureError       a package is not signed by the server of the enrolment
 │   ├── ForeignAdapterError         an adapter of another model or package
 │   └── UnsupportedPackageError     a newer format or a runtime that this SDK lacks
 ├── PlanRefusedError            a plan names an operation, version or tensor that is unknown here
@@ -51,6 +58,30 @@ class IdentityError(LorikitError):
     """The server does not know this device (it must enrol again), or refuses to enrol it."""
 
 
+class EnrolmentRefusedError(IdentityError):
+    """The enrolment token is missing, used, too old or wrong; ask the operator for another."""
+
+
+class CertificateRequiredError(IdentityError):
+    """The call needs a certificate, and the connection showed none."""
+
+
+class CertificateForeignError(IdentityError):
+    """The certificate was issued by another authority than the server's."""
+
+
+class CertificateExpiredError(IdentityError):
+    """The certificate is not valid now; check the clock, or enrol with a new token."""
+
+
+class CertificateRevokedError(IdentityError):
+    """The operator has cut this device off."""
+
+
+class RoleRequiredError(IdentityError):
+    """The certificate is good, but its role does not allow the call."""
+
+
 class RefusedError(LorikitError):
     """The server has no work that this device could do."""
 
@@ -88,6 +119,10 @@ class MissingBlobError(PackageError):
 
 class InvalidGraphError(PackageError):
     """A graph cannot be read, is not what the manifest says, or names bytes outside its package."""
+
+
+class PackageSignatureError(PackageError):
+    """A package is not signed, or not by the server that this device enrolled with."""
 
 
 class ForeignAdapterError(PackageError):

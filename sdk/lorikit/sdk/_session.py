@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 
 from lorikit.proto.device import Profile
 from lorikit.proto.status import ErrorCode
 from lorikit.sdk._config import ClientConfig
 from lorikit.sdk._connection import Connection
+from lorikit.sdk._credentials import Credentials
 from lorikit.sdk._errors import (
     CancelledError,
     ConnectionLostError,
@@ -78,9 +78,14 @@ class Session:
         stop: Stop,
     ) -> None:
         """Wire the parts."""
-        self._own = own
+        self._credentials = Credentials(
+            own,
+            enrolment_token=enrolment_token,
+            store=store,
+            transport=transport,
+            connection=connection,
+        )
         self._worker = worker
-        self._enrolment_token = enrolment_token
         self._store = store
         self._transport = transport
         self._connection = connection
@@ -102,7 +107,7 @@ class Session:
             LorikitError: What no further task could mend, see ``Client``.
         """
         self._feed.enter(State.CONNECTING)
-        enrolled_anew = self._enrol()
+        enrolled_anew = self._credentials.enrol()
         while max_rounds is None or self._rounds < max_rounds:
             try:
                 offer = self._next_task()
@@ -112,30 +117,16 @@ class Session:
                     return State.FINISHED
                 self._take(offer)
             except IdentityError:
-                if enrolled_anew:
+                if enrolled_anew or not self._credentials.may_enrol_again():
                     raise
                 logger.info("the server does not know this device any more; it enrols again")
-                enrolled_anew = self._enrol(anew=True)
+                enrolled_anew = self._credentials.enrol(anew=True)
         return State.STOPPED
-
-    def _enrol(self, *, anew: bool = False) -> bool:
-        """Take the identity from the store or ask for one; returns whether it was asked for."""
-        identity = self._store.identity()
-        asks = anew or not identity.device_id
-        if asks:
-            device_id, token = self._connection.call(
-                lambda: self._transport.enrol(
-                    identity.installation_id, self._own, self._enrolment_token
-                )
-            )
-            identity = dataclasses.replace(identity, device_id=device_id, token=token)
-            self._store.save_identity(identity)
-        self._transport.identify(identity.device_id, identity.token)
-        return asks
 
     def _next_task(self) -> Offer:
         if self._failures:
             self._connection.pause(self._failures)
+        self._credentials.keep_fresh()
         self._feed.enter(State.WAITING)
         offer = self._connection.call(self._ask)
         self._unsent_profile = None
@@ -226,6 +217,7 @@ class Session:
                 inputs=offer.inputs,
                 max_length=offer.max_length,
                 blobs=(),
-            )
+            ),
+            offer.package_signature,
         )
         self._feed.emit(AdapterReady(run_id=offer.run_id, digest=offer.adapter.digest))

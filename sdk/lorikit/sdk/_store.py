@@ -51,7 +51,13 @@ class Identity:
     device_id: str = ""
     """Given by the server; empty before enrolment."""
     token: str = field(default="", repr=False)
-    """Secret given by the server."""
+    """Secret given by the server; empty where a certificate stands for it."""
+    key: str = field(default="", repr=False)
+    """Private key, PEM, made here; empty where the server asks for no certificate."""
+    certificate: str = ""
+    """Certificate of the key, PEM; empty before enrolment."""
+    package_key: str = ""
+    """Ed25519 key, hexadecimal, that signs the packages of the server of the enrolment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

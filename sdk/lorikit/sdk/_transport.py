@@ -12,7 +12,8 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -23,7 +24,6 @@ from lorikit.proto.limits import (
     DEVICE_METADATA,
     ERROR_METADATA,
     MAX_CHUNK_BYTES,
-    MAX_MESSAGE_BYTES,
     PROTOCOL_METADATA,
     PROTOCOL_VERSION,
     RETRY_METADATA,
@@ -40,20 +40,29 @@ from lorikit.proto.wire import (
     profile_to_message,
     report_to_message,
 )
+from lorikit.sdk._channels import enrol_address, open_channel
 from lorikit.sdk._config import ClientConfig
 from lorikit.sdk._errors import (
     CancelledError,
+    CertificateExpiredError,
+    CertificateForeignError,
+    CertificateRequiredError,
+    CertificateRevokedError,
     ConnectionLostError,
     DamagedBlobError,
+    EnrolmentRefusedError,
     IdentityError,
     LorikitError,
     PackageError,
     ProtocolVersionError,
+    RoleRequiredError,
     RoundClosedError,
     ServerRefusedError,
 )
 
 _Reply = TypeVar("_Reply")
+
+_WHY_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +82,7 @@ class Task:
     """The package's manifest."""
     adapter: BlobRef
     """A serialised TensorBundle."""
+    package_signature: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +118,20 @@ class Finished:
     adapter: BlobRef | None
     inputs: Mapping[str, float]
     max_length: int
+    package_signature: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enrolment:
+    """Who this device is from now on."""
+
+    device_id: str
+    token: str = field(default="", repr=False)
+    """Secret; empty where there is a certificate."""
+    certificate: bytes = b""
+    """PEM; empty where the server has no authority."""
+    package_key: bytes = b""
+    """Ed25519 key that signs packages, raw; empty where nothing is signed."""
 
 
 Offer = Task | UnreadableTask | RetryWindow | Refusal | Finished
@@ -138,14 +162,24 @@ class Transport(Protocol):
     ``CancelledError`` after ``interrupt``, and the error that ``ERRORS`` has for the server's code.
     """
 
-    def identify(self, device_id: str, token: str) -> None:
-        """Use this identity for the calls to come."""
+    def identify(
+        self, device_id: str, token: str, *, key: bytes = b"", certificate: bytes = b""
+    ) -> None:
+        """Use this identity for the calls to come; a key and its certificate are PEM."""
         ...
 
     def enrol(
-        self, installation_id: str, profile: Profile, enrolment_token: str
-    ) -> tuple[str, str]:
-        """Device identity and token for this installation; harmless when repeated."""
+        self,
+        installation_id: str,
+        profile: Profile,
+        enrolment_token: str,
+        signing_request: bytes = b"",
+    ) -> Enrolment:
+        """Who this installation is; harmless when repeated."""
+        ...
+
+    def renew(self, signing_request: bytes) -> bytes:
+        """A fresh certificate, PEM, for the key of the request."""
         ...
 
     def heartbeat(self, task_id: str, state: str, step: int, steps: int) -> Lease:
@@ -207,6 +241,7 @@ class GrpcTransport:
         *,
         insecure: bool = False,
         root_certificates: bytes | None = None,
+        enrol_server: str | None = None,
         config: ClientConfig | None = None,
     ) -> None:
         """Nothing is sent before the first call.
@@ -215,10 +250,15 @@ class GrpcTransport:
             server: Address, ``host:port``.
             insecure: No encryption. Must be asked for by name.
             root_certificates: PEM of the authorities to trust; None: the system's.
+            enrol_server: Where a device that has no certificate asks for one; None: the next port.
             config: Deadlines.
         """
         self._config = config or ClientConfig()
-        self._channel = _channel(server, insecure, root_certificates)
+        self._open = partial(open_channel, insecure=insecure, root_certificates=root_certificates)
+        self._server = server
+        self._enrol_server = enrol_server or enrol_address(server)
+        self._certificate = b""
+        self._channel = self._open(server)
         self._stub = rpc.DeviceServiceStub(self._channel)
         self._metadata = [(PROTOCOL_METADATA, str(PROTOCOL_VERSION))]
         self._identity: list[tuple[str, str]] = []
@@ -226,21 +266,49 @@ class GrpcTransport:
         self._interrupted = False
         self._lock = threading.Lock()
 
-    def identify(self, device_id: str, token: str) -> None:
+    def identify(
+        self, device_id: str, token: str, *, key: bytes = b"", certificate: bytes = b""
+    ) -> None:
         """See ``Transport``."""
-        self._identity = [(DEVICE_METADATA, device_id), (TOKEN_METADATA, token)]
+        self._identity = [(DEVICE_METADATA, device_id)]
+        if token:
+            self._identity.append((TOKEN_METADATA, token))
+        if certificate != self._certificate:
+            self._channel.close()
+            self._channel = self._open(self._server, key=key, certificate=certificate)
+            self._stub = rpc.DeviceServiceStub(self._channel)
+            self._certificate = certificate
 
     def enrol(
-        self, installation_id: str, profile: Profile, enrolment_token: str
-    ) -> tuple[str, str]:
+        self,
+        installation_id: str,
+        profile: Profile,
+        enrolment_token: str,
+        signing_request: bytes = b"",
+    ) -> Enrolment:
         """See ``Transport``."""
         request = pb.EnrolRequest(
             installation_id=installation_id,
             profile=profile_to_message(profile),
             enrolment_token=enrolment_token,
+            signing_request=signing_request,
         )
-        reply = self._call(self._stub.Enrol, request)
-        return reply.device_id, reply.token
+        if signing_request:
+            with self._open(self._enrol_server) as channel:
+                reply = self._call(rpc.DeviceServiceStub(channel).Enrol, request)
+        else:
+            reply = self._call(self._stub.Enrol, request)
+        return Enrolment(
+            device_id=reply.device_id,
+            token=reply.token,
+            certificate=reply.certificate,
+            package_key=reply.package_key,
+        )
+
+    def renew(self, signing_request: bytes) -> bytes:
+        """See ``Transport``."""
+        request = pb.RenewCertificateRequest(signing_request=signing_request)
+        return self._call(self._stub.RenewCertificate, request).certificate
 
     def heartbeat(self, task_id: str, state: str, step: int, steps: int) -> Lease:
         """See ``Transport``."""
@@ -259,7 +327,7 @@ class GrpcTransport:
     def download(self, blob: BlobRef, offset: int) -> Iterator[bytes]:
         """See ``Transport``."""
         request = pb.DownloadBlobRequest(digest=blob.digest, offset=offset)
-        with _wire_errors():
+        with self._errors():
             call = self._stub.DownloadBlob(
                 request, timeout=self._config.transfer_seconds, metadata=self._call_metadata()
             )
@@ -297,7 +365,7 @@ class GrpcTransport:
             offset=offset,
             report=report_to_message(report),
         )
-        with _wire_errors():
+        with self._errors():
             call = self._stub.UploadUpdate.future(
                 _upload_messages(header, data, on_sent),
                 timeout=self._config.transfer_seconds,
@@ -342,7 +410,7 @@ class GrpcTransport:
         *,
         extra_seconds: float = 0.0,
     ) -> _Reply:
-        with _wire_errors():
+        with self._errors():
             call = method.future(
                 request,
                 timeout=self._config.call_seconds + extra_seconds,
@@ -350,6 +418,35 @@ class GrpcTransport:
             )
             with self._tracked(call):
                 return call.result()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """The SDK's errors for those of the wire, also for what TLS turned away without a word."""
+        try:
+            with _wire_errors():
+                yield
+        except ConnectionLostError as error:
+            if self._certificate and error.retry_seconds is None:
+                self._ask_why(error)
+            raise
+
+    def _ask_why(self, error: ConnectionLostError) -> None:
+        """Raise what the server has against our certificate; nothing where it says nothing.
+
+        A handshake that fails gives no reason; where devices enrol, no certificate is needed.
+        """
+        request = pb.CheckCertificateRequest(certificate=self._certificate)
+        with self._open(self._enrol_server) as channel:
+            call = rpc.DeviceServiceStub(channel).CheckCertificate.future(
+                request, timeout=_WHY_SECONDS, metadata=tuple(self._metadata)
+            )
+            with self._tracked(call), contextlib.suppress(grpc.FutureCancelledError):
+                try:
+                    call.result()
+                except grpc.RpcError as answer:
+                    reason = error_from(answer)
+                    if isinstance(reason, IdentityError):
+                        raise reason from error
 
     def _call_metadata(self) -> tuple[tuple[str, str], ...]:
         return (*self._metadata, *self._identity)
@@ -374,7 +471,14 @@ ERRORS: Mapping[ErrorCode, type[LorikitError]] = {
     ErrorCode.PROTOCOL_UNSUPPORTED: ProtocolVersionError,
     ErrorCode.REQUEST_INVALID: ServerRefusedError,
     ErrorCode.IDENTITY_REQUIRED: IdentityError,
-    ErrorCode.ENROLMENT_REFUSED: IdentityError,
+    ErrorCode.ENROLMENT_REFUSED: EnrolmentRefusedError,
+    ErrorCode.CERTIFICATE_REQUIRED: CertificateRequiredError,
+    ErrorCode.CERTIFICATE_FOREIGN: CertificateForeignError,
+    ErrorCode.CERTIFICATE_EXPIRED: CertificateExpiredError,
+    ErrorCode.CERTIFICATE_REVOKED: CertificateRevokedError,
+    ErrorCode.ROLE_REQUIRED: RoleRequiredError,
+    ErrorCode.RATE_LIMITED: ConnectionLostError,
+    ErrorCode.STREAM_STALLED: ConnectionLostError,
     ErrorCode.TASK_UNKNOWN: RoundClosedError,
     ErrorCode.ROUND_CLOSED: RoundClosedError,
     ErrorCode.BLOB_UNKNOWN: PackageError,
@@ -382,6 +486,7 @@ ERRORS: Mapping[ErrorCode, type[LorikitError]] = {
     ErrorCode.UPDATE_CORRUPT: ServerRefusedError,
     ErrorCode.UPDATE_INVALID: ServerRefusedError,
     ErrorCode.UPDATE_TOO_LARGE: ServerRefusedError,
+    ErrorCode.UPDATE_REPLAYED: ServerRefusedError,
     ErrorCode.RUN_UNKNOWN: ServerRefusedError,
     ErrorCode.RUN_EXISTS: ServerRefusedError,
     ErrorCode.CONFIG_INVALID: ServerRefusedError,
@@ -440,27 +545,6 @@ def _wire_errors() -> Iterator[None]:
         raise error_from(error) from error
 
 
-def _channel(server: str, insecure: bool, root_certificates: bytes | None) -> grpc.Channel:
-    options = [
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        # Mobile networks drop idle connections silently after some minutes, and every ping wakes
-        # the radio: ping once a minute, and only while a call is open.
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.keepalive_permit_without_calls", 0),
-        # The client has its own backoff; gRPC's must not keep it from a server that is back.
-        ("grpc.initial_reconnect_backoff_ms", 500),
-        ("grpc.max_reconnect_backoff_ms", 10_000),
-        ("grpc.enable_retries", 0),
-        ("grpc.use_local_subchannel_pool", 1),
-    ]
-    if insecure:
-        return grpc.insecure_channel(server, options)
-    credentials = grpc.ssl_channel_credentials(root_certificates=root_certificates)
-    return grpc.secure_channel(server, credentials, options)
-
-
 def _offer(reply: pb.NextTaskResponse) -> Offer:
     match reply.WhichOneof("outcome"):
         case "task":
@@ -488,6 +572,7 @@ def _task(message: pb.Task) -> Task | UnreadableTask:
             plan=plan_from_message(message.plan),
             package=blob_from_message(message.package),
             adapter=blob_from_message(message.adapter),
+            package_signature=message.package_signature,
         )
     except (PlanError, ManifestError) as error:
         return UnreadableTask(task_id=message.task_id, reason=str(error))
@@ -501,6 +586,7 @@ def _finished(message: pb.Finished) -> Finished:
             adapter=blob_from_message(message.adapter) if message.HasField("adapter") else None,
             inputs=dict(message.inputs),
             max_length=message.max_length,
+            package_signature=message.package_signature,
         )
     except ManifestError as error:
         raise PackageError(f"the final adapter cannot be named: {error}") from error

@@ -33,6 +33,7 @@ from lorikit.sdk._feed import Feed
 from lorikit.sdk._heap import release_freed_memory
 from lorikit.sdk._heartbeat import Heartbeat
 from lorikit.sdk._inference import measure
+from lorikit.sdk._keys import check_package
 from lorikit.sdk._memory import MemoryWatch, memory_use
 from lorikit.sdk._packages import Packages, read_adapter
 from lorikit.sdk._plan import PlanExecutor
@@ -110,9 +111,10 @@ class Worker:
                     raise RoundClosedError("the server said that the task is void") from error
                 raise
 
-    def take_final(self, last: LastAdapter) -> None:
+    def take_final(self, last: LastAdapter, package_signature: bytes = b"") -> None:
         """Download a run's final adapter with its package, and use it from now on."""
         self._feed.enter(State.DOWNLOADING)
+        self._check_signature(last.package, package_signature)
         manifest, digests = self._fetch(last.package, last.adapter, self._cancelled)
         read_adapter(self._store.blobs, last.adapter, manifest)
         self._store.save_last_adapter(dataclasses.replace(last, blobs=digests))
@@ -227,6 +229,7 @@ class Worker:
     def _open(self, task: Task, heartbeat: Heartbeat) -> tuple[_Opened, Tensors]:
         """The task's package, opened, and the adapter to start from."""
         self._enter(State.DOWNLOADING, heartbeat)
+        self._check_signature(task.package, task.package_signature)
         manifest, digests = self._fetch(
             task.package, task.adapter, lambda: heartbeat.void or self._cancelled()
         )
@@ -242,6 +245,11 @@ class Worker:
             )
         )
         return self._opened_for(task, manifest), adapter
+
+    def _check_signature(self, package: BlobRef, signature: bytes) -> None:
+        """Refuse a package that the server of the enrolment has not signed, where it signs them."""
+        if key := self._store.identity().package_key:
+            check_package(package.digest, signature, bytes.fromhex(key))
 
     def _fetch(
         self, package: BlobRef, adapter: BlobRef, cancelled: Callable[[], bool]

@@ -29,6 +29,7 @@ from lorikit.server.config import (
     RunConfig,
     ServerConfig,
     explain,
+    neighbour,
     read_evaluation_data,
 )
 from lorikit.server.downloads import Downloads
@@ -36,6 +37,7 @@ from lorikit.server.errors import LorikitError, RequestError
 from lorikit.server.export import write_adapter
 from lorikit.server.failpoints import Failpoint
 from lorikit.server.gate import Gate
+from lorikit.server.identity.setup import open_identity, server_credentials
 from lorikit.server.learning import LearntMemory
 from lorikit.server.methods import build_method
 from lorikit.server.methods.base import Method
@@ -43,6 +45,7 @@ from lorikit.server.methods.head_start import HeadStart, HeadStartConfig
 from lorikit.server.methods.server_optimizer import ServerOptimizer, ServerOptimizerConfig
 from lorikit.server.offload import Offload
 from lorikit.server.operator import OperatorService
+from lorikit.server.patience import Patience
 from lorikit.server.planner.planner import Planner
 from lorikit.server.plans import wire_scheme
 from lorikit.server.rounds import RunLoop
@@ -69,6 +72,9 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", 16 << 10),
+    # No message is decompressed: bit 0 alone stands for plain ones.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
+    ("grpc.server_handshake_timeout_ms", 20_000),
     # A second server on the same port is an error, not a share of the calls.
     ("grpc.so_reuseport", 0),
     # Mobile networks drop silent connections after some minutes.
@@ -99,6 +105,7 @@ class Coordinator:
         """
         self.config = config
         self.port = 0
+        self.enrol_port = 0
         self._open_parts = open_parts or open_run_parts
         private = config.private_folder
         private.mkdir(parents=True, exist_ok=True)
@@ -109,6 +116,9 @@ class Coordinator:
         self._offload = Offload()
         self._failpoint = Failpoint(os.environ.get("LORIKIT_FAILPOINT", ""))
         self._board = TaskBoard(self._store, self._signals, self._offload, config)
+        self._identity = open_identity(
+            config, store=self._store, board=self._board, offload=self._offload
+        )
         self._uploads = Uploads(
             private / "uploads",
             store=self._store,
@@ -146,6 +156,14 @@ class Coordinator:
         for name in ("", *_SERVICES):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         logger.info("listening address=%s port=%d resumed=%d", self.address, self.port, resumed)
+
+    @property
+    def enrol_address(self) -> str:
+        """Host and port where devices enrol; empty where that is ``address``."""
+        if not self.enrol_port:
+            return ""
+        host = (self.config.enrol_address or self.config.address).rpartition(":")[0]
+        return f"{host}:{self.enrol_port}"
 
     @property
     def address(self) -> str:
@@ -189,16 +207,20 @@ class Coordinator:
                 self._kept.remove(digest)
 
     def _build_grpc(self) -> grpc.aio.Server:
+        limits = self.config.limits
         server = grpc.aio.server(
             interceptors=(
                 Gate(
-                    self._board.authenticate,
+                    self._identity.admission,
+                    self._identity.audit,
+                    self._identity.rates,
                     lambda: self._is_stopping,
-                    retry_seconds=self.config.limits.busy_retry_seconds,
+                    retry_seconds=limits.busy_retry_seconds,
+                    stall_seconds=limits.stall_seconds,
                 ),
             ),
             options=_OPTIONS,
-            maximum_concurrent_rpcs=self.config.limits.max_calls,
+            maximum_concurrent_rpcs=limits.max_calls,
         )
         device = DeviceService(
             self._board,
@@ -207,12 +229,18 @@ class Coordinator:
                 self._blobs,
                 board=self._board,
                 offload=self._offload,
-                limits=self.config.limits,
+                limits=limits,
             ),
             lease_seconds=self.config.lease_seconds,
+            patience=Patience(
+                stall_seconds=limits.stall_seconds, bytes_per_second=limits.min_bytes_per_second
+            ),
+            offload=self._offload,
+            registry=self._identity.registry,
         )
         device.add_to(server)
-        OperatorService(self.runs, self._offload).add_to(server)
+        operator = OperatorService(self.runs, self._offload, registry=self._identity.registry)
+        operator.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
@@ -233,11 +261,19 @@ class Coordinator:
             await asyncio.sleep(0.1)
 
     def _add_port(self, server: grpc.aio.Server) -> int:
-        config = self.config
-        if config.tls_certificate is None or config.tls_key is None:
+        config, registry = self.config, self._identity.registry
+        folder = config.identity_folder
+        certificate = config.tls_certificate or folder / "server.pem"
+        key = config.tls_key or folder / "server.key"
+        if registry is not None:
+            known = server_credentials(certificate, key, clients=registry.authority.root_pem)
+            port = server.add_secure_port(config.address, known)
+            address = config.enrol_address or neighbour(config.address, port)
+            self.enrol_port = server.add_secure_port(address, server_credentials(certificate, key))
+            return port
+        if config.tls_certificate is None:
             return server.add_insecure_port(config.address)
-        pair = (config.tls_key.read_bytes(), config.tls_certificate.read_bytes())
-        return server.add_secure_port(config.address, grpc.ssl_server_credentials([pair]))
+        return server.add_secure_port(config.address, server_credentials(certificate, key))
 
     def _open_loop(self, run: RunRow, config: RunConfig) -> RunLoop:
         return RunLoop(
@@ -293,6 +329,11 @@ class Server:
     def address(self) -> str:
         """Host and port that devices connect to."""
         return self._running.address
+
+    @property
+    def enrol_address(self) -> str:
+        """Host and port where devices enrol; empty where that is ``address``."""
+        return self._running.enrol_address
 
     def start(self) -> Self:
         """Listen, and go on with the runs that an earlier server left.

@@ -293,6 +293,18 @@ class LimitsConfig(_Settings):
     busy_retry_seconds: Annotated[float, Field(gt=0)] = 5.0
     """What a device that met a limit is told to wait."""
 
+    calls_per_second: Annotated[float, Field(gt=0)] = 100.0
+    """Mean rate of calls of one device, operator or unknown address; more are refused."""
+
+    call_burst: Annotated[float, Field(ge=1)] = 1000.0
+    """Calls of one of them at once, beyond that rate."""
+
+    stall_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Longest time a stream may stand still."""
+
+    min_bytes_per_second: Annotated[float, Field(gt=0)] = 1024.0
+    """Slowest mean rate of an upload, on top of ``stall_seconds``."""
+
 
 class ServerConfig(_Settings):
     """One server: where it listens, where it keeps things, what it takes on."""
@@ -313,7 +325,14 @@ class ServerConfig(_Settings):
     """Private key of the certificate, PEM."""
 
     insecure: bool = False
-    """Allow plain text on an address that other machines can reach."""
+    """Say that plain text is meant; it is spoken on loopback alone."""
+
+    enrol_address: str = ""
+    """Host and port where devices enrol when there is an authority; empty means the next port of
+    ``address``."""
+
+    certificate_days: Annotated[float, Field(gt=0, le=825)] = 90.0
+    """How long a client's certificate is good; devices renew theirs when a third is left."""
 
     lease_seconds: Annotated[float, Field(gt=0)] = 60.0
     """How long a task stays with a device that is not heard of."""
@@ -345,10 +364,12 @@ class ServerConfig(_Settings):
     def _consistent(self) -> ServerConfig:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together; set both or neither")
-        if self.tls_certificate is None and not self.insecure and not _is_loopback(self.address):
+        has_tls = self.tls_certificate is not None or self.has_authority
+        if not has_tls and not _is_loopback(self.address):
             raise ValueError(
-                f"address {self.address!r} can be reached by other machines without TLS; set "
-                "tls_certificate and tls_key, or listen on localhost, or set insecure = true"
+                f"address {self.address!r} can be reached by other machines without TLS; make "
+                f"certificates with `lorikit certs init --folder {self.folder}`, or set "
+                "tls_certificate and tls_key, or listen on localhost"
             )
         return self
 
@@ -361,6 +382,16 @@ class ServerConfig(_Settings):
     def private_folder(self) -> Path:
         """What the server keeps for itself; no run can have its name."""
         return self.folder.absolute() / ".server"
+
+    @property
+    def identity_folder(self) -> Path:
+        """Where the authority is; its keys never leave it."""
+        return self.private_folder / "identity"
+
+    @property
+    def has_authority(self) -> bool:
+        """Whether callers are known by certificates."""
+        return (self.identity_folder / "authority.pem").is_file()
 
     def run_folder(self, name: str) -> Path:
         """Where the results of a run go."""
@@ -502,6 +533,12 @@ def _sentence(details: Mapping[str, Any]) -> str:
     if details["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{field} is not a setting; remove it or correct its name"
     return f"{field}: {message}, got {details['input']!r:.200}"
+
+
+def neighbour(address: str, port: int) -> str:
+    """The address whose port is the next one; any free one where ``address`` left it open."""
+    host, _, given = address.rpartition(":")
+    return f"{host}:{port + 1 if given != '0' else 0}"
 
 
 def _is_loopback(address: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from lorikit.proto.v1.operator_service_pb2_grpc import (
 )
 from lorikit.server.config import RunConfig, parse_run_config
 from lorikit.server.errors import RequestError
+from lorikit.server.identity.enrolment import Registry
 from lorikit.server.offload import Offload
 from lorikit.server.runs import Runs, Summary
+
+_MAX_REASON = 200
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -29,10 +33,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class OperatorService(OperatorServiceServicer):
     """What operators may ask for."""
 
-    def __init__(self, runs: Runs, offload: Offload) -> None:
-        """Bind the parts."""
+    def __init__(self, runs: Runs, offload: Offload, *, registry: Registry | None = None) -> None:
+        """Bind the parts; without a registry there are no identities to administer."""
         self._runs = runs
         self._offload = offload
+        self._registry = registry
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Let the server answer these calls."""
@@ -83,6 +88,27 @@ class OperatorService(OperatorServiceServicer):
             chunks = _file_chunks(path)
             while (chunk := await self._offload.file(next, chunks, None)) is not None:
                 yield chunk
+
+    async def IssueToken(
+        self, request: messages.IssueTokenRequest, context: Context
+    ) -> messages.IssueTokenResponse:
+        token = await self._offload.database(
+            self._authority().issue_token, valid_seconds=request.valid_seconds, now=time.time()
+        )
+        return messages.IssueTokenResponse(token=token)
+
+    async def RevokeIdentity(
+        self, request: messages.RevokeIdentityRequest, context: Context
+    ) -> messages.RevokeIdentityResponse:
+        revoked = await self._offload.database(
+            self._authority().revoke, request.subject, reason=request.reason[:_MAX_REASON]
+        )
+        return messages.RevokeIdentityResponse(revoked=revoked)
+
+    def _authority(self) -> Registry:
+        if self._registry is None:
+            raise RequestError(ErrorCode.REQUEST_INVALID, "this server issues no certificates")
+        return self._registry
 
 
 def _config(name: str, text: str) -> RunConfig:

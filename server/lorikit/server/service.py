@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -19,8 +19,22 @@ from lorikit.proto.v1.device_service_pb2_grpc import (
 from lorikit.proto.wire import profile_from_message, report_from_message
 from lorikit.server.downloads import Downloads
 from lorikit.server.errors import RequestError
-from lorikit.server.gate import CALLER
-from lorikit.server.tasks import Answer, Ended, Offer, Pause, Progress, Refused, TaskBoard
+from lorikit.server.gate import CALLER, WHO
+from lorikit.server.identity.enrolment import Registry
+from lorikit.server.identity.subjects import Role
+from lorikit.server.offload import Offload
+from lorikit.server.patience import Patience
+from lorikit.server.tasks import (
+    Answer,
+    Ended,
+    Offer,
+    Pause,
+    Progress,
+    Refused,
+    TaskBoard,
+    check_profile,
+    device_of,
+)
 from lorikit.server.uploads import Chunk, Header, Uploads
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -30,13 +44,24 @@ class DeviceService(DeviceServiceServicer):
     """What devices may ask for."""
 
     def __init__(
-        self, board: TaskBoard, uploads: Uploads, downloads: Downloads, *, lease_seconds: float
+        self,
+        board: TaskBoard,
+        uploads: Uploads,
+        downloads: Downloads,
+        *,
+        lease_seconds: float,
+        patience: Patience,
+        offload: Offload,
+        registry: Registry | None = None,
     ) -> None:
-        """Bind the parts."""
+        """Bind the parts; without a registry, devices are known by secrets."""
         self._board = board
         self._uploads = uploads
         self._downloads = downloads
         self._lease_seconds = lease_seconds
+        self._patience = patience
+        self._offload = offload
+        self._registry = registry
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Let the server answer these calls."""
@@ -46,8 +71,41 @@ class DeviceService(DeviceServiceServicer):
         self, request: messages.EnrolRequest, context: Context
     ) -> messages.EnrolResponse:
         profile = profile_from_message(request.profile)
-        device_id, token = await self._board.enrol(request.installation_id, profile)
-        return messages.EnrolResponse(device_id=device_id, token=token)
+        check_profile(profile)
+        if self._registry is None:
+            device_id, token = await self._board.enrol(request.installation_id, profile)
+            return messages.EnrolResponse(device_id=device_id, token=token)
+        certificate = await self._offload.database(
+            self._registry.enrol,
+            device_of(request.installation_id),
+            installation_id=request.installation_id,
+            token=request.enrolment_token,
+            signing_request=request.signing_request,
+        )
+        device_id, _ = await self._board.enrol(request.installation_id, profile, with_token=False)
+        return messages.EnrolResponse(
+            device_id=device_id,
+            certificate=certificate,
+            package_key=self._registry.authority.package_key,
+        )
+
+    async def RenewCertificate(
+        self, request: messages.RenewCertificateRequest, context: Context
+    ) -> messages.RenewCertificateResponse:
+        registry = self._authority()
+        certificate = await self._offload.database(
+            registry.renew,
+            WHO.get().subject,
+            role=Role.DEVICE,
+            signing_request=request.signing_request,
+        )
+        return messages.RenewCertificateResponse(certificate=certificate)
+
+    async def CheckCertificate(
+        self, request: messages.CheckCertificateRequest, context: Context
+    ) -> messages.CheckCertificateResponse:
+        await self._offload.database(self._authority().check, request.certificate)
+        return messages.CheckCertificateResponse()
 
     async def Heartbeat(
         self, request: messages.HeartbeatRequest, context: Context
@@ -63,7 +121,7 @@ class DeviceService(DeviceServiceServicer):
         answer = await self._board.next_task(
             CALLER.get(), wait_seconds=request.wait_seconds, profile=profile
         )
-        return _answer(answer)
+        return _answer(answer, self._sign)
 
     async def DownloadBlob(
         self, request: messages.DownloadBlobRequest, context: Context
@@ -88,8 +146,10 @@ class DeviceService(DeviceServiceServicer):
     async def UploadUpdate(
         self, request: AsyncIterator[messages.UploadUpdateRequest], context: Context
     ) -> messages.UploadUpdateResponse:
-        header = await _header(request)
-        duplicate = await self._uploads.receive(CALLER.get(), header, _chunks(request))
+        stream = self._patience.watch(request)
+        header = await _header(stream)
+        stream.expect(header.total_size)
+        duplicate = await self._uploads.receive(CALLER.get(), header, _chunks(stream))
         return messages.UploadUpdateResponse(update_id=header.update_id, duplicate=duplicate)
 
     async def ReportEvaluation(
@@ -110,6 +170,16 @@ class DeviceService(DeviceServiceServicer):
             CALLER.get(), request.task_id, error=request.error, message=request.message
         )
         return messages.ReportFailureResponse()
+
+    def _authority(self) -> Registry:
+        if self._registry is None:
+            raise RequestError(ErrorCode.REQUEST_INVALID, "this server issues no certificates")
+        return self._registry
+
+    def _sign(self, package_digest: str) -> bytes:
+        """Signature of a package; empty where nothing is signed."""
+        registry = self._registry
+        return b"" if registry is None else registry.authority.sign_package(package_digest)
 
 
 async def _header(stream: AsyncIterator[messages.UploadUpdateRequest]) -> Header:
@@ -134,10 +204,10 @@ async def _chunks(stream: AsyncIterator[messages.UploadUpdateRequest]) -> AsyncI
         yield Chunk(message.chunk.offset, message.chunk.data, message.chunk.chunk_digest)
 
 
-def _answer(answer: Answer) -> messages.NextTaskResponse:
+def _answer(answer: Answer, sign: Callable[[str], bytes]) -> messages.NextTaskResponse:
     match answer:
         case Offer():
-            return messages.NextTaskResponse(task=_task(answer))
+            return messages.NextTaskResponse(task=_task(answer, sign))
         case Pause():
             window = messages.RetryWindow(
                 min_seconds=answer.min_seconds, max_seconds=answer.max_seconds
@@ -147,10 +217,10 @@ def _answer(answer: Answer) -> messages.NextTaskResponse:
             refusal = messages.Refusal(reason=answer.reason, remedy=answer.remedy)
             return messages.NextTaskResponse(refused=refusal)
         case Ended():
-            return messages.NextTaskResponse(finished=_finished(answer))
+            return messages.NextTaskResponse(finished=_finished(answer, sign))
 
 
-def _task(offer: Offer) -> messages.Task:
+def _task(offer: Offer, sign: Callable[[str], bytes]) -> messages.Task:
     task = offer.task
     return messages.Task(
         task_id=task.id,
@@ -162,10 +232,11 @@ def _task(offer: Offer) -> messages.Task:
         adapter=messages.BlobRef(digest=task.adapter_digest, size=task.adapter_size),
         kind=task.kind,
         update_id=task.update_id,
+        package_signature=sign(task.package_digest),
     )
 
 
-def _finished(ended: Ended) -> messages.Finished:
+def _finished(ended: Ended, sign: Callable[[str], bytes]) -> messages.Finished:
     member = ended.member
     finished = messages.Finished(
         run_id=member.run_id,
@@ -175,6 +246,7 @@ def _finished(ended: Ended) -> messages.Finished:
     if member.package_digest is not None and member.adapter_digest is not None:
         finished.package.digest = member.package_digest
         finished.package.size = member.package_size or 0
+        finished.package_signature = sign(member.package_digest)
         finished.adapter.digest = member.adapter_digest
         finished.adapter.size = member.adapter_size or 0
     return finished

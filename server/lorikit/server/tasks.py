@@ -125,16 +125,21 @@ class TaskBoard:
         self._last_adapter: dict[str, str | None] = {}
         self._is_stopping = False
 
-    async def enrol(self, installation_id: str, profile: Profile) -> tuple[str, str]:
+    async def enrol(
+        self, installation_id: str, profile: Profile, *, with_token: bool = True
+    ) -> tuple[str, str]:
         """Identity and secret of an installation; a repeated call gives a new secret.
+
+        Args:
+            installation_id: As the installation calls itself.
+            profile: What the device can do.
+            with_token: Whether the device is to be known by a secret; without one, none will do.
 
         Raises:
             RequestError: REQUEST_INVALID, or SERVER_BUSY when no more devices are taken.
         """
-        if not 8 <= len(installation_id) <= _MAX_TEXT or not installation_id.isprintable():
-            raise _invalid("installation_id must be 8 to 200 printable characters")
         check_profile(profile)
-        device_id = identifier("device", installation_id)
+        device_id = device_of(installation_id)
         token = secrets.token_urlsafe(32)
         await self._offload.database(
             self._store.enrol,
@@ -147,7 +152,7 @@ class TaskBoard:
         self._token_hashes[device_id] = _hash(token)
         self.touch(device_id)
         logger.info("enrolled device=%s class=%s", device_id, profile.device_class)
-        return device_id, token
+        return device_id, token if with_token else ""
 
     async def authenticate(self, device_id: str, token: str) -> None:
         """Nothing, when the secret is the device's.
@@ -163,6 +168,17 @@ class TaskBoard:
             expected = self._token_hashes.setdefault(device_id, device.token_hash)
         if not hmac.compare_digest(expected, _hash(token)):
             raise RequestError(ErrorCode.IDENTITY_REQUIRED, "wrong token")
+        self.touch(device_id)
+
+    async def recognise(self, device_id: str) -> None:
+        """Note that a device whose identity is proved makes a call.
+
+        Raises:
+            RequestError: IDENTITY_REQUIRED when it is not enrolled here.
+        """
+        is_known = device_id in self._heard
+        if not is_known and await self._offload.database(self._store.device, device_id) is None:
+            raise RequestError(ErrorCode.IDENTITY_REQUIRED, "unknown device")
         self.touch(device_id)
 
     def touch(self, device_id: str) -> None:
@@ -374,6 +390,17 @@ class TaskBoard:
         if all(member.refused_reason is not None for member in judged):
             return Refused(judged[0].refused_reason or "", judged[0].refused_remedy or "")
         return None if current else Ended(last_run, last_member)
+
+
+def device_of(installation_id: str) -> str:
+    """The device of an installation.
+
+    Raises:
+        RequestError: REQUEST_INVALID when the installation's name is too short, long or strange.
+    """
+    if not 8 <= len(installation_id) <= _MAX_TEXT or not installation_id.isprintable():
+        raise _invalid("installation_id must be 8 to 200 printable characters")
+    return identifier("device", installation_id)
 
 
 def check_profile(profile: Profile) -> None:

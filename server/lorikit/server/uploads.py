@@ -112,7 +112,12 @@ class Uploads:
             RequestError: What is wrong with the task, the header, a chunk or the content.
         """
         task = await self._task(device_id, header.task_id, header.update_id, header.digest)
-        if await self._is_accepted(header.update_id):
+        held = await self._offload.database(self._store.update, header.update_id)
+        if held is not None:
+            if held.digest != header.digest:
+                raise RequestError(
+                    ErrorCode.UPDATE_REPLAYED, f"update {header.update_id[:80]} has its receipt"
+                )
             return True
         await self._check_wanted(task)
         limit = min(task.max_update_bytes, self._limits.max_update_bytes)

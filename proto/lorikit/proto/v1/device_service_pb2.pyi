@@ -5,7 +5,8 @@ SPDX-License-Identifier: Apache-2.0
 
 What a device says to the server. Every call carries the metadata entry
 "lorikit-protocol" (a decimal number), which is checked before the message is looked at,
-and, after enrolment, "lorikit-device" and "lorikit-token". An error carries the trailing
+and, after enrolment, "lorikit-device" and "lorikit-token", unless the device has a
+certificate: then the connection says who it is. An error carries the trailing
 metadata entry "lorikit-error" with a code of lorikit/proto/status.py.
 """
 
@@ -146,10 +147,13 @@ class EnrolRequest(_message.Message):
     INSTALLATION_ID_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
     ENROLMENT_TOKEN_FIELD_NUMBER: _builtins.int
+    SIGNING_REQUEST_FIELD_NUMBER: _builtins.int
     installation_id: _builtins.str
     """Random identity of this installation, made once by the device; makes a retry harmless."""
     enrolment_token: _builtins.str
     """One-time token where the operator requires one; empty otherwise."""
+    signing_request: _builtins.bytes
+    """Signing request, PEM, of a key that never leaves the device; empty where none is wanted."""
     @_builtins.property
     def profile(self) -> Global___Profile:
         """What the device can do; always set."""
@@ -160,10 +164,11 @@ class EnrolRequest(_message.Message):
         installation_id: _builtins.str = ...,
         profile: Global___Profile | None = ...,
         enrolment_token: _builtins.str = ...,
+        signing_request: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["enrolment_token", b"enrolment_token", "installation_id", b"installation_id", "profile", b"profile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["enrolment_token", b"enrolment_token", "installation_id", b"installation_id", "profile", b"profile", "signing_request", b"signing_request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -177,19 +182,27 @@ class EnrolResponse(_message.Message):
 
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    PACKAGE_KEY_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     """Identity for later calls; not derived from anything personal."""
     token: _builtins.str
-    """Secret for later calls; kept in the device's store."""
+    """Secret for later calls; kept in the device's store. Empty where a certificate is given."""
+    certificate: _builtins.bytes
+    """Certificate for the key of the signing request, PEM; empty where the server has no authority."""
+    package_key: _builtins.bytes
+    """Ed25519 key, 32 raw bytes, that signs packages from now on; empty where nothing is signed."""
     def __init__(
         self,
         *,
         device_id: _builtins.str = ...,
         token: _builtins.str = ...,
+        certificate: _builtins.bytes = ...,
+        package_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "device_id", b"device_id", "package_key", b"package_key", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -324,6 +337,7 @@ class Task(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     UPDATE_ID_FIELD_NUMBER: _builtins.int
+    PACKAGE_SIGNATURE_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """Names the task in later calls; unique on the server."""
     run_id: _builtins.str
@@ -336,6 +350,8 @@ class Task(_message.Message):
     """"train" or "evaluate"."""
     update_id: _builtins.str
     """Name of the update this task yields; the same after every restart."""
+    package_signature: _builtins.bytes
+    """Ed25519 signature over "lorikit-package-1\\n" and the package's digest; empty: unsigned."""
     @_builtins.property
     def plan(self) -> _plan_pb2.Plan:
         """What to do; always set."""
@@ -360,10 +376,11 @@ class Task(_message.Message):
         adapter: Global___BlobRef | None = ...,
         kind: _builtins.str = ...,
         update_id: _builtins.str = ...,
+        package_signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "package", b"package", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "kind", b"kind", "lease_seconds", b"lease_seconds", "package", b"package", "plan", b"plan", "round", b"round", "run_id", b"run_id", "task_id", b"task_id", "update_id", b"update_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "kind", b"kind", "lease_seconds", b"lease_seconds", "package", b"package", "package_signature", b"package_signature", "plan", b"plan", "round", b"round", "run_id", b"run_id", "task_id", b"task_id", "update_id", b"update_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -452,10 +469,13 @@ class Finished(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
     MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    PACKAGE_SIGNATURE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run that ended."""
     max_length: _builtins.int
     """Longest input in tokens; longer ones are cut."""
+    package_signature: _builtins.bytes
+    """Signature of the package, as in Task."""
     @_builtins.property
     def package(self) -> Global___BlobRef:
         """Manifest of the package to use the final adapter with; absent where there is none."""
@@ -476,10 +496,11 @@ class Finished(_message.Message):
         adapter: Global___BlobRef | None = ...,
         inputs: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         max_length: _builtins.int = ...,
+        package_signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "package", b"package"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "inputs", b"inputs", "max_length", b"max_length", "package", b"package", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "inputs", b"inputs", "max_length", b"max_length", "package", b"package", "package_signature", b"package_signature", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -962,3 +983,86 @@ class ReportFailureResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportFailureResponse: _TypeAlias = ReportFailureResponse  # noqa: Y015
+
+@_typing.final
+class RenewCertificateRequest(_message.Message):
+    """A device wants its certificate renewed; the connection says which device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNING_REQUEST_FIELD_NUMBER: _builtins.int
+    signing_request: _builtins.bytes
+    """Signing request, PEM, of the key that the fresh certificate is for."""
+    def __init__(
+        self,
+        *,
+        signing_request: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signing_request", b"signing_request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewCertificateRequest: _TypeAlias = RenewCertificateRequest  # noqa: Y015
+
+@_typing.final
+class RenewCertificateResponse(_message.Message):
+    """The fresh certificate; the old one ends when this one is first used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    certificate: _builtins.bytes
+    """PEM."""
+    def __init__(
+        self,
+        *,
+        certificate: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewCertificateResponse: _TypeAlias = RenewCertificateResponse  # noqa: Y015
+
+@_typing.final
+class CheckCertificateRequest(_message.Message):
+    """Somebody was turned away and asks why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    certificate: _builtins.bytes
+    """Certificate, PEM; at most 16 KiB."""
+    def __init__(
+        self,
+        *,
+        certificate: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckCertificateRequest: _TypeAlias = CheckCertificateRequest  # noqa: Y015
+
+@_typing.final
+class CheckCertificateResponse(_message.Message):
+    """Nothing is wrong with the certificate; any other outcome is an error with its own code."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckCertificateResponse: _TypeAlias = CheckCertificateResponse  # noqa: Y015

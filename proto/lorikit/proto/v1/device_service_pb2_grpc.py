@@ -75,6 +75,16 @@ class DeviceServiceStub(object):
                 request_serializer=lorikit_dot_proto_dot_v1_dot_device__service__pb2.ReportFailureRequest.SerializeToString,
                 response_deserializer=lorikit_dot_proto_dot_v1_dot_device__service__pb2.ReportFailureResponse.FromString,
                 _registered_method=True)
+        self.RenewCertificate = channel.unary_unary(
+                '/lorikit.proto.v1.DeviceService/RenewCertificate',
+                request_serializer=lorikit_dot_proto_dot_v1_dot_device__service__pb2.RenewCertificateRequest.SerializeToString,
+                response_deserializer=lorikit_dot_proto_dot_v1_dot_device__service__pb2.RenewCertificateResponse.FromString,
+                _registered_method=True)
+        self.CheckCertificate = channel.unary_unary(
+                '/lorikit.proto.v1.DeviceService/CheckCertificate',
+                request_serializer=lorikit_dot_proto_dot_v1_dot_device__service__pb2.CheckCertificateRequest.SerializeToString,
+                response_deserializer=lorikit_dot_proto_dot_v1_dot_device__service__pb2.CheckCertificateResponse.FromString,
+                _registered_method=True)
 
 
 class DeviceServiceServicer(object):
@@ -137,6 +147,20 @@ class DeviceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RenewCertificate(self, request, context):
+        """Exchanges a certificate that is about to expire for a fresh one of the same device.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckCertificate(self, request, context):
+        """Says why a certificate is turned away; answered without one, where devices enrol.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DeviceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -179,6 +203,16 @@ def add_DeviceServiceServicer_to_server(servicer, server):
                     servicer.ReportFailure,
                     request_deserializer=lorikit_dot_proto_dot_v1_dot_device__service__pb2.ReportFailureRequest.FromString,
                     response_serializer=lorikit_dot_proto_dot_v1_dot_device__service__pb2.ReportFailureResponse.SerializeToString,
+            ),
+            'RenewCertificate': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewCertificate,
+                    request_deserializer=lorikit_dot_proto_dot_v1_dot_device__service__pb2.RenewCertificateRequest.FromString,
+                    response_serializer=lorikit_dot_proto_dot_v1_dot_device__service__pb2.RenewCertificateResponse.SerializeToString,
+            ),
+            'CheckCertificate': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckCertificate,
+                    request_deserializer=lorikit_dot_proto_dot_v1_dot_device__service__pb2.CheckCertificateRequest.FromString,
+                    response_serializer=lorikit_dot_proto_dot_v1_dot_device__service__pb2.CheckCertificateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -398,6 +432,60 @@ class DeviceService(object):
             '/lorikit.proto.v1.DeviceService/ReportFailure',
             lorikit_dot_proto_dot_v1_dot_device__service__pb2.ReportFailureRequest.SerializeToString,
             lorikit_dot_proto_dot_v1_dot_device__service__pb2.ReportFailureResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewCertificate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikit.proto.v1.DeviceService/RenewCertificate',
+            lorikit_dot_proto_dot_v1_dot_device__service__pb2.RenewCertificateRequest.SerializeToString,
+            lorikit_dot_proto_dot_v1_dot_device__service__pb2.RenewCertificateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckCertificate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikit.proto.v1.DeviceService/CheckCertificate',
+            lorikit_dot_proto_dot_v1_dot_device__service__pb2.CheckCertificateRequest.SerializeToString,
+            lorikit_dot_proto_dot_v1_dot_device__service__pb2.CheckCertificateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,7 +5,8 @@ SPDX-License-Identifier: Apache-2.0
 
 What a device says to the server. Every call carries the metadata entry
 "lorikit-protocol" (a decimal number), which is checked before the message is looked at,
-and, after enrolment, "lorikit-device" and "lorikit-token". An error carries the trailing
+and, after enrolment, "lorikit-device" and "lorikit-token", unless the device has a
+certificate: then the connection says who it is. An error carries the trailing
 metadata entry "lorikit-error" with a code of lorikit/proto/status.py.
 """
 
@@ -55,6 +56,10 @@ class DeviceServiceStub:
     """Takes what a device measured on its own data; no data travels."""
     ReportFailure: _grpc.UnaryUnaryMultiCallable[_device_service_pb2.ReportFailureRequest, _device_service_pb2.ReportFailureResponse]
     """Tells the server that a task ended without an update, and why."""
+    RenewCertificate: _grpc.UnaryUnaryMultiCallable[_device_service_pb2.RenewCertificateRequest, _device_service_pb2.RenewCertificateResponse]
+    """Exchanges a certificate that is about to expire for a fresh one of the same device."""
+    CheckCertificate: _grpc.UnaryUnaryMultiCallable[_device_service_pb2.CheckCertificateRequest, _device_service_pb2.CheckCertificateResponse]
+    """Says why a certificate is turned away; answered without one, where devices enrol."""
 
 @_typing.type_check_only
 class DeviceServiceAsyncStub(DeviceServiceStub):
@@ -77,6 +82,10 @@ class DeviceServiceAsyncStub(DeviceServiceStub):
     """Takes what a device measured on its own data; no data travels."""
     ReportFailure: _aio.UnaryUnaryMultiCallable[_device_service_pb2.ReportFailureRequest, _device_service_pb2.ReportFailureResponse]  # type: ignore[assignment]
     """Tells the server that a task ended without an update, and why."""
+    RenewCertificate: _aio.UnaryUnaryMultiCallable[_device_service_pb2.RenewCertificateRequest, _device_service_pb2.RenewCertificateResponse]  # type: ignore[assignment]
+    """Exchanges a certificate that is about to expire for a fresh one of the same device."""
+    CheckCertificate: _aio.UnaryUnaryMultiCallable[_device_service_pb2.CheckCertificateRequest, _device_service_pb2.CheckCertificateResponse]  # type: ignore[assignment]
+    """Says why a certificate is turned away; answered without one, where devices enrol."""
 
 class DeviceServiceServicer(metaclass=_abc_1.ABCMeta):
     """The device's side of federated fine-tuning; every call starts on the device."""
@@ -144,5 +153,21 @@ class DeviceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_device_service_pb2.ReportFailureResponse, _abc.Awaitable[_device_service_pb2.ReportFailureResponse]]:
         """Tells the server that a task ended without an update, and why."""
+
+    @_abc_1.abstractmethod
+    def RenewCertificate(
+        self,
+        request: _device_service_pb2.RenewCertificateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_device_service_pb2.RenewCertificateResponse, _abc.Awaitable[_device_service_pb2.RenewCertificateResponse]]:
+        """Exchanges a certificate that is about to expire for a fresh one of the same device."""
+
+    @_abc_1.abstractmethod
+    def CheckCertificate(
+        self,
+        request: _device_service_pb2.CheckCertificateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_device_service_pb2.CheckCertificateResponse, _abc.Awaitable[_device_service_pb2.CheckCertificateResponse]]:
+        """Says why a certificate is turned away; answered without one, where devices enrol."""
 
 def add_DeviceServiceServicer_to_server(servicer: DeviceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

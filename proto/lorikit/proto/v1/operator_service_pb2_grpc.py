@@ -70,6 +70,16 @@ class OperatorServiceStub(object):
                 request_serializer=lorikit_dot_proto_dot_v1_dot_operator__service__pb2.FetchAdapterRequest.SerializeToString,
                 response_deserializer=lorikit_dot_proto_dot_v1_dot_operator__service__pb2.FileChunk.FromString,
                 _registered_method=True)
+        self.IssueToken = channel.unary_unary(
+                '/lorikit.proto.v1.OperatorService/IssueToken',
+                request_serializer=lorikit_dot_proto_dot_v1_dot_operator__service__pb2.IssueTokenRequest.SerializeToString,
+                response_deserializer=lorikit_dot_proto_dot_v1_dot_operator__service__pb2.IssueTokenResponse.FromString,
+                _registered_method=True)
+        self.RevokeIdentity = channel.unary_unary(
+                '/lorikit.proto.v1.OperatorService/RevokeIdentity',
+                request_serializer=lorikit_dot_proto_dot_v1_dot_operator__service__pb2.RevokeIdentityRequest.SerializeToString,
+                response_deserializer=lorikit_dot_proto_dot_v1_dot_operator__service__pb2.RevokeIdentityResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer(object):
@@ -125,6 +135,20 @@ class OperatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def IssueToken(self, request, context):
+        """Makes a one-time token that lets one device enrol.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeIdentity(self, request, context):
+        """Cuts a device or an operator off at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -162,6 +186,16 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.FetchAdapter,
                     request_deserializer=lorikit_dot_proto_dot_v1_dot_operator__service__pb2.FetchAdapterRequest.FromString,
                     response_serializer=lorikit_dot_proto_dot_v1_dot_operator__service__pb2.FileChunk.SerializeToString,
+            ),
+            'IssueToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.IssueToken,
+                    request_deserializer=lorikit_dot_proto_dot_v1_dot_operator__service__pb2.IssueTokenRequest.FromString,
+                    response_serializer=lorikit_dot_proto_dot_v1_dot_operator__service__pb2.IssueTokenResponse.SerializeToString,
+            ),
+            'RevokeIdentity': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeIdentity,
+                    request_deserializer=lorikit_dot_proto_dot_v1_dot_operator__service__pb2.RevokeIdentityRequest.FromString,
+                    response_serializer=lorikit_dot_proto_dot_v1_dot_operator__service__pb2.RevokeIdentityResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -354,6 +388,60 @@ class OperatorService(object):
             '/lorikit.proto.v1.OperatorService/FetchAdapter',
             lorikit_dot_proto_dot_v1_dot_operator__service__pb2.FetchAdapterRequest.SerializeToString,
             lorikit_dot_proto_dot_v1_dot_operator__service__pb2.FileChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IssueToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikit.proto.v1.OperatorService/IssueToken',
+            lorikit_dot_proto_dot_v1_dot_operator__service__pb2.IssueTokenRequest.SerializeToString,
+            lorikit_dot_proto_dot_v1_dot_operator__service__pb2.IssueTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeIdentity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikit.proto.v1.OperatorService/RevokeIdentity',
+            lorikit_dot_proto_dot_v1_dot_operator__service__pb2.RevokeIdentityRequest.SerializeToString,
+            lorikit_dot_proto_dot_v1_dot_operator__service__pb2.RevokeIdentityResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,6 +50,10 @@ class OperatorServiceStub:
     """Names of the adapter folders a run has written."""
     FetchAdapter: _grpc.UnaryStreamMultiCallable[_operator_service_pb2.FetchAdapterRequest, _operator_service_pb2.FileChunk]
     """The files of one adapter folder, in chunks of at most 2 MiB."""
+    IssueToken: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.IssueTokenRequest, _operator_service_pb2.IssueTokenResponse]
+    """Makes a one-time token that lets one device enrol."""
+    RevokeIdentity: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.RevokeIdentityRequest, _operator_service_pb2.RevokeIdentityResponse]
+    """Cuts a device or an operator off at once."""
 
 @_typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
@@ -70,6 +74,10 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     """Names of the adapter folders a run has written."""
     FetchAdapter: _aio.UnaryStreamMultiCallable[_operator_service_pb2.FetchAdapterRequest, _operator_service_pb2.FileChunk]  # type: ignore[assignment]
     """The files of one adapter folder, in chunks of at most 2 MiB."""
+    IssueToken: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.IssueTokenRequest, _operator_service_pb2.IssueTokenResponse]  # type: ignore[assignment]
+    """Makes a one-time token that lets one device enrol."""
+    RevokeIdentity: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.RevokeIdentityRequest, _operator_service_pb2.RevokeIdentityResponse]  # type: ignore[assignment]
+    """Cuts a device or an operator off at once."""
 
 class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """The operator's side: start, watch and stop runs, fetch what they made."""
@@ -129,5 +137,21 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_operator_service_pb2.FileChunk], _abc.AsyncIterator[_operator_service_pb2.FileChunk]]:
         """The files of one adapter folder, in chunks of at most 2 MiB."""
+
+    @_abc_1.abstractmethod
+    def IssueToken(
+        self,
+        request: _operator_service_pb2.IssueTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.IssueTokenResponse, _abc.Awaitable[_operator_service_pb2.IssueTokenResponse]]:
+        """Makes a one-time token that lets one device enrol."""
+
+    @_abc_1.abstractmethod
+    def RevokeIdentity(
+        self,
+        request: _operator_service_pb2.RevokeIdentityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.RevokeIdentityResponse, _abc.Awaitable[_operator_service_pb2.RevokeIdentityResponse]]:
+        """Cuts a device or an operator off at once."""
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

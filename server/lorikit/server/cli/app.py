@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from lorikit.server.cli.audit import audit_app
+from lorikit.server.cli.certs import certs_app
 from lorikit.server.cli.compile import compile_model
 from lorikit.server.cli.demo import demo
 from lorikit.server.cli.errors import explain
@@ -56,6 +58,8 @@ app.command("compile")(compile_model)
 app.command("server")(server)
 app.command("device")(device)
 app.add_typer(run_app, name="run")
+app.add_typer(certs_app, name="certs")
+app.add_typer(audit_app, name="audit")
 app.command("profile")(profile)
 app.command("quantize")(quantize)
 app.command("methods")(methods)

@@ -39,7 +39,11 @@ class Endpoint:
     root_certificates: Path | None = None
     """PEM file of the authority that signed the server's certificate; absent means the system's."""
     insecure: bool = False
-    """Whether to speak without TLS; for a loopback or otherwise protected network."""
+    """Whether to speak without TLS, to a server on the same machine."""
+    certificate: Path | None = None
+    """PEM file of the operator's own certificate; absent where the server has no authority."""
+    key: Path | None = None
+    """PEM file of its private key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +170,20 @@ class OperatorClient:
             _check_digest(path, digest)
         return tuple(files)
 
+    def issue_token(self, valid_seconds: float) -> str:
+        """A one-time token that lets one device enrol; takes an admin."""
+        request = messages.IssueTokenRequest(valid_seconds=valid_seconds)
+        with self._translated():
+            answer = self._stub.IssueToken(request, metadata=_METADATA, timeout=_CALL_SECONDS)
+        return answer.token
+
+    def revoke(self, subject: str, reason: str) -> int:
+        """Cut off ``device:ID`` or ``operator:NAME``; how many certificates were good until now."""
+        request = messages.RevokeIdentityRequest(subject=subject, reason=reason)
+        with self._translated():
+            answer = self._stub.RevokeIdentity(request, metadata=_METADATA, timeout=_CALL_SECONDS)
+        return answer.revoked
+
     @contextmanager
     def _translated(self) -> Iterator[None]:
         try:
@@ -178,8 +196,12 @@ def _channel(endpoint: Endpoint) -> grpc.Channel:
     options = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),)
     if endpoint.insecure:
         return grpc.insecure_channel(endpoint.address, options)
-    roots = endpoint.root_certificates.read_bytes() if endpoint.root_certificates else None
-    return grpc.secure_channel(endpoint.address, grpc.ssl_channel_credentials(roots), options)
+    roots, key, certificate = (
+        None if path is None else path.read_bytes()
+        for path in (endpoint.root_certificates, endpoint.key, endpoint.certificate)
+    )
+    credentials = grpc.ssl_channel_credentials(roots, key, certificate)
+    return grpc.secure_channel(endpoint.address, credentials, options)
 
 
 def _translated_error(error: grpc.RpcError, address: str) -> Exception:
@@ -193,7 +215,8 @@ def _translated_error(error: grpc.RpcError, address: str) -> Exception:
         return CommandError(
             ExitCode.UNREACHABLE,
             f"no Lorikit server answers at {address} ({details}); start one with `lorikit server "
-            "--address HOST:PORT`, and give both sides the same --insecure or certificates",
+            "--address HOST:PORT`, and give both sides the same --insecure or certificates; a "
+            "server with an authority wants --certificate too",
         )
     return CommandError(ExitCode.REFUSED, f"{address} answered {status.name}: {details}")
 

@@ -9,24 +9,22 @@ from typing import Annotated, Any
 
 import typer
 
+from lorikit.server.cli.connection import (
+    AddressOption,
+    CertificateOption,
+    InsecureOption,
+    KeyOption,
+    RootsOption,
+    endpoint,
+)
 from lorikit.server.cli.display import Format, FormatOption, print_json, print_table, progress
-from lorikit.server.cli.operator_client import Endpoint, OperatorClient, RunSummary
+from lorikit.server.cli.operator_client import OperatorClient, RunSummary
 from lorikit.server.cli.watch import watch_run
 from lorikit.server.config import read_run_config
 
 run_app = typer.Typer(help="Create, watch and stop runs, and fetch their adapters.")
 """The sub-commands of ``lorikit run``."""
 
-AddressOption = Annotated[
-    str, typer.Option("--address", envvar="LORIKIT_ADDRESS", help="Server, HOST:PORT.")
-]
-InsecureOption = Annotated[
-    bool, typer.Option("--insecure", help="Speak without TLS (loopback or protected networks).")
-]
-RootsOption = Annotated[
-    Path | None,
-    typer.Option("--root-certificates", exists=True, help="PEM file of the authority to trust."),
-]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name or id of the run.")]
 
 _ADDRESS = "localhost:50051"
@@ -38,6 +36,8 @@ def create(
     address: AddressOption = _ADDRESS,
     insecure: InsecureOption = False,
     roots: RootsOption = None,
+    certificate: CertificateOption = None,
+    key: KeyOption = None,
     watch: Annotated[bool, typer.Option("--watch", help="Stay and show the run.")] = False,
     output: FormatOption = Format.TEXT,
 ) -> None:
@@ -48,12 +48,15 @@ def create(
     Example: lorikit run create intents.toml --insecure --watch
     """
     settings = read_run_config(config)
-    with _client(address, insecure, roots) as client, progress(f"Asking {address}") as announce:
+    with (
+        _client(address, insecure, roots, certificate, key) as client,
+        progress(f"Asking {address}") as announce,
+    ):
         announce("The server checks the settings and compiles the first package")
         summary = client.create(settings.name, settings.canonical())
     _print_summaries([summary], output)
     if watch:
-        with _client(address, insecure, roots) as client:
+        with _client(address, insecure, roots, certificate, key) as client:
             watch_run(client, summary.run_id, output)
 
 
@@ -62,13 +65,15 @@ def list_runs(
     address: AddressOption = _ADDRESS,
     insecure: InsecureOption = False,
     roots: RootsOption = None,
+    certificate: CertificateOption = None,
+    key: KeyOption = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Show the runs of a server.
 
     Example: lorikit run list --insecure --format json
     """
-    with _client(address, insecure, roots) as client:
+    with _client(address, insecure, roots, certificate, key) as client:
         _print_summaries(list(client.list()), output)
 
 
@@ -78,13 +83,15 @@ def watch(
     address: AddressOption = _ADDRESS,
     insecure: InsecureOption = False,
     roots: RootsOption = None,
+    certificate: CertificateOption = None,
+    key: KeyOption = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Show a run while it happens; ends with the run, and fails if the run did.
 
     Example: lorikit run watch intents --insecure
     """
-    with _client(address, insecure, roots) as client:
+    with _client(address, insecure, roots, certificate, key) as client:
         watch_run(client, run, output)
 
 
@@ -94,6 +101,8 @@ def stop(
     address: AddressOption = _ADDRESS,
     insecure: InsecureOption = False,
     roots: RootsOption = None,
+    certificate: CertificateOption = None,
+    key: KeyOption = None,
     at_once: Annotated[
         bool, typer.Option("--at-once", help="Do not wait for the round in progress.")
     ] = False,
@@ -103,7 +112,7 @@ def stop(
 
     Example: lorikit run stop intents --insecure --at-once
     """
-    with _client(address, insecure, roots) as client:
+    with _client(address, insecure, roots, certificate, key) as client:
         _print_summaries([client.stop(run, at_once=at_once)], output)
 
 
@@ -113,13 +122,15 @@ def show(
     address: AddressOption = _ADDRESS,
     insecure: InsecureOption = False,
     roots: RootsOption = None,
+    certificate: CertificateOption = None,
+    key: KeyOption = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Show the rounds of a run; as JSON this is its report.json so far.
 
     Example: lorikit run show intents --insecure --format json
     """
-    with _client(address, insecure, roots) as client:
+    with _client(address, insecure, roots, certificate, key) as client:
         summary, report = client.get(run)
     if output is Format.JSON:
         print_json(report)
@@ -137,13 +148,15 @@ def adapters(
     address: AddressOption = _ADDRESS,
     insecure: InsecureOption = False,
     roots: RootsOption = None,
+    certificate: CertificateOption = None,
+    key: KeyOption = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """List the adapter folders a run has written.
 
     Example: lorikit run adapters intents --insecure
     """
-    with _client(address, insecure, roots) as client:
+    with _client(address, insecure, roots, certificate, key) as client:
         names = client.adapters(run)
     if output is Format.JSON:
         print_json({"run": run, "adapters": list(names)})
@@ -159,13 +172,18 @@ def fetch(
     address: AddressOption = _ADDRESS,
     insecure: InsecureOption = False,
     roots: RootsOption = None,
+    certificate: CertificateOption = None,
+    key: KeyOption = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Bring an adapter here: a folder that peft.PeftModel.from_pretrained loads.
 
     Example: lorikit run fetch intents final/rank-8 --to ./adapter --insecure
     """
-    with _client(address, insecure, roots) as client, progress(f"Fetching {name}"):
+    with (
+        _client(address, insecure, roots, certificate, key) as client,
+        progress(f"Fetching {name}"),
+    ):
         files = client.fetch(run, name, folder)
     facts = [{"file": str(path), "bytes": path.stat().st_size} for path in files]
     if output is Format.JSON:
@@ -174,8 +192,10 @@ def fetch(
         print_table(("file", "bytes"), [(fact["file"], fact["bytes"]) for fact in facts])
 
 
-def _client(address: str, insecure: bool, roots: Path | None) -> OperatorClient:
-    return OperatorClient(Endpoint(address=address, insecure=insecure, root_certificates=roots))
+def _client(
+    address: str, insecure: bool, roots: Path | None, certificate: Path | None, key: Path | None
+) -> OperatorClient:
+    return OperatorClient(endpoint(address, insecure, roots, certificate, key))
 
 
 def _print_summaries(runs: list[RunSummary], output: Format) -> None:

@@ -33,7 +33,7 @@ def server(
     ] = None,
     tls_key: Annotated[Path | None, typer.Option(exists=True, help="Its private key, PEM.")] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Allow plain text where others can reach it.")
+        bool, typer.Option("--insecure", help="Say that plain text is meant; loopback only.")
     ] = False,
     output: FormatOption = Format.TEXT,
 ) -> None:
@@ -60,8 +60,11 @@ def server(
 
     def started(coordinator: Coordinator) -> None:
         if output is Format.JSON:
-            typer.echo(json.dumps({"event": "listening", "address": coordinator.address}))
+            facts = {"address": coordinator.address, "enrol_address": coordinator.enrol_address}
+            typer.echo(json.dumps({"event": "listening", **facts}))
         else:
             typer.echo(f"Listening on {coordinator.address}; Ctrl-C stops")
+            if coordinator.enrol_address:
+                typer.echo(f"Devices with a token enrol on {coordinator.enrol_address}")
 
     asyncio.run(serve(settings, started=started))

@@ -17,7 +17,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from lorikit.server.errors import LorikitError
-from lorikit.server.store.tables import SCHEMA_VERSION, EventRow, MetaRow, Table
+from lorikit.server.store.migrations import upgrade
+from lorikit.server.store.tables import SCHEMA_VERSION, EventRow, MetaRow
 
 
 class StoreError(LorikitError):
@@ -28,14 +29,14 @@ class Database:
     """An opened database; safe for several threads."""
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
-        """Open the database and make its tables where there are none.
+        """Open the database, and bring its tables to this version where they are older.
 
         Args:
             url: SQLAlchemy URL.
             clock: Seconds since the epoch, for the times in the tables.
 
         Raises:
-            StoreError: The tables are of another version.
+            StoreError: The tables are of a newer version, or hold none.
         """
         self._clock = clock
         self._engine = _engine(url)
@@ -49,17 +50,18 @@ class Database:
     def _open(self) -> None:
         with self._begin() as session:
             connection = session.connection()
-            if not inspect(connection).has_table(MetaRow.__tablename__):
-                Table.metadata.create_all(connection)
-                session.add(MetaRow(name="schema_version", value=str(SCHEMA_VERSION)))
-                session.flush()
-            row = session.get(MetaRow, "schema_version")
-        found = row.value if row else "none"
-        if found != str(SCHEMA_VERSION):
-            raise StoreError(
-                f"database has tables of version {found}, this server reads {SCHEMA_VERSION}; "
-                "start the server version that wrote it, or give another database"
-            )
+            is_new = not inspect(connection).has_table(MetaRow.__tablename__)
+            row = None if is_new else session.get(MetaRow, "schema_version")
+            found = "0" if is_new else row.value if row else "none"
+            if not (found.isdecimal() and int(found) <= SCHEMA_VERSION):
+                raise StoreError(
+                    f"database has tables of version {found}, this server reads up to "
+                    f"{SCHEMA_VERSION}; start the server version that wrote it, or give another "
+                    "database"
+                )
+            if int(found) < SCHEMA_VERSION:
+                reached = upgrade(connection, int(found))
+                session.merge(MetaRow(name="schema_version", value=str(reached)))
 
     def _tell(self, session: Session, run_id: str, kind: str, **facts: object) -> None:
         last = session.scalar(select(func.max(EventRow.sequence)).where(EventRow.run_id == run_id))

@@ -26,6 +26,7 @@ from lorikit.server.states import (
     check,
 )
 from lorikit.server.store.database import document
+from lorikit.server.store.identity import IdentityStore
 from lorikit.server.store.runs import RunStore, find_run
 from lorikit.server.store.tables import (
     EvaluationRow,
@@ -36,8 +37,8 @@ from lorikit.server.store.tables import (
 )
 
 
-class SqlStore(RunStore):
-    """Runs, devices, rounds, tasks, updates and events; safe for several threads."""
+class SqlStore(RunStore, IdentityStore):
+    """Runs, devices, rounds, tasks, updates, events and identities; safe for several threads."""
 
     def end_run(self, run_id: str, state: RunState, *, message: str = "") -> None:
         """To finished, stopped or failed; open rounds are abandoned and open tasks void."""

@@ -15,8 +15,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_co
 
 from lorikit.server.states import RoundState, RunState, TaskState
 
-SCHEMA_VERSION = 1
-"""Version of the tables below."""
+SCHEMA_VERSION = 2
+"""Version of the tables below; ``migrations`` leads to it from every earlier one."""
 
 _State = TypeVar("_State", bound=StrEnum)
 
@@ -188,3 +188,58 @@ class EventRow(Table):
     time: Mapped[float]
     kind: Mapped[str]
     facts: Mapped[str]
+
+
+class TokenRow(Table):
+    """A one-time enrolment token."""
+
+    __tablename__ = "enrolment_tokens"
+
+    token_hash: Mapped[str] = mapped_column(primary_key=True)
+    """SHA-256 of the token; the token itself is never kept."""
+    issued: Mapped[float]
+    expires: Mapped[float]
+    used: Mapped[float | None] = mapped_column(default=None)
+    used_by: Mapped[str] = mapped_column(default="")
+    """Digest of installation and key that used it; the same two may ask again for the answer."""
+
+
+class CertificateRow(Table):
+    """A client certificate that the authority has issued."""
+
+    __tablename__ = "certificates"
+
+    serial: Mapped[str] = mapped_column(primary_key=True)
+    """Lower-case hexadecimal."""
+    subject: Mapped[str] = mapped_column(index=True)
+    """``device:ID`` or ``operator:NAME``."""
+    role: Mapped[str]
+    """``device``, ``viewer``, ``operator`` or ``admin``."""
+    key_digest: Mapped[str]
+    """SHA-256 of its public key."""
+    issued: Mapped[float]
+    not_before: Mapped[float]
+    not_after: Mapped[float]
+    used: Mapped[float | None] = mapped_column(default=None)
+    """First use."""
+    revoked: Mapped[float | None] = mapped_column(default=None)
+    reason: Mapped[str] = mapped_column(default="")
+
+
+class AuditRow(Table):
+    """A line of the audit log; triggers of the database refuse to change or delete one."""
+
+    __tablename__ = "audit"
+
+    sequence: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    time: Mapped[float]
+    actor: Mapped[str] = mapped_column(index=True)
+    """``device:ID``, ``operator:NAME``, ``unknown:HOST`` or ``local``."""
+    action: Mapped[str]
+    subject: Mapped[str]
+    """What it was done to: a blob, an update, a run, an identity."""
+    outcome: Mapped[str]
+    """``ok``, or the code of the refusal."""
+    detail: Mapped[str]
+    digest: Mapped[str]
+    """SHA-256 over the digest of the line before and this line's other columns."""
