@@ -182,6 +182,8 @@ class Server:
     compiled: Path | None = None
     """Folder of packages for a ``compiled_server``; None: ``lorikit server`` compiles them."""
     port: int = field(default_factory=free_port)
+    trust: Mapping[str, Any] = field(default_factory=lambda: {"insecure": True})
+    """What an operator's ``Endpoint`` has beside the address."""
     process: Process = field(init=False)
 
     @property
@@ -223,7 +225,7 @@ class Server:
 
     @contextlib.contextmanager
     def operator(self) -> Iterator[OperatorClient]:
-        with OperatorClient(Endpoint(address=self.address, insecure=True)) as client:
+        with OperatorClient(Endpoint(address=self.address, **self.trust)) as client:
             yield client
 
     def create(self, config: RunConfig) -> RunSummary:
@@ -284,6 +286,8 @@ class Device:
     python: str = sys.executable
     engine: str = "onnx"
     environment: Mapping[str, str] = field(default_factory=dict)
+    trust: Sequence[str] = ("--insecure",)
+    """Options that say how the server is trusted."""
     largest_file_bytes: int | None = None
     """Limit that the system puts on the size of any file; writing beyond it fails."""
     process: Process = field(init=False)
@@ -304,7 +308,7 @@ class Device:
         """Start, or start again; returns at once."""
         self.prepare()
         command = [
-            *(self.python, "-m", "lorikit.sdk", "--insecure", "--format", "json"),
+            *(self.python, "-m", "lorikit.sdk", *self.trust, "--format", "json"),
             *("--server", changes.get("address", self.address)),
             *("--data", str(self.folder / "rows.jsonl"), "--store", str(self.store)),
             *("--device-class", self.name, "--memory-limit", self.memory_limit),

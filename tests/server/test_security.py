@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import threading
+import tracemalloc
+import zlib
 
 import grpc
 import numpy as np
@@ -21,7 +22,7 @@ from tests.server.secured import METADATA, Badge, SecuredServer
 
 from lorikit.proto.limits import DEVICE_METADATA, PROTOCOL_METADATA, TOKEN_METADATA
 from lorikit.proto.status import ErrorCode
-from lorikit.proto.tensors import unpack
+from lorikit.proto.tensors import Bundle, Encoded, pack, unpack
 from lorikit.proto.v1 import device_service_pb2 as messages
 from lorikit.proto.v1 import operator_service_pb2 as operator_messages
 from lorikit.proto.v1.device_service_pb2_grpc import DeviceServiceStub
@@ -385,15 +386,36 @@ def test_message_that_declares_ten_gigabytes(secured):
 
 
 def test_compressed_message_is_not_unpacked(secured):
-    """A gzip bomb at the level of gRPC: 64 MiB of zeros in 64 KiB."""
+    """A gzip bomb at the level of gRPC: 3 MiB of zeros in 3 KiB."""
     device, _ = secured.enrolled()
-    assert len(gzip.compress(bytes(64 << 20))) < 1 << 17
     call = device.channel.unary_unary("/lorikit.proto.v1.DeviceService/ReportFailure")
 
     with pytest.raises(grpc.RpcError) as caught:
         call(bytes(3 << 20), metadata=METADATA, compression=grpc.Compression.Gzip, timeout=20)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
     device.close()
+
+
+def test_decompression_bomb(secured, tmp_path):
+    """4 KiB that unpack to 4 MiB, where the plan allows 6 KiB."""
+    secured.server.create_run(run_config(tmp_path, rounds=1, min_devices=1))
+    device, _ = secured.enrolled()
+    task = device.task()
+    packed = np.frombuffer(zlib.compress(bytes(4 << 20), 9), np.uint8)
+    bomb = pack(Bundle({"zlib": Encoded("zlib", packed.shape, {"data": packed})}, {}))
+
+    tracemalloc.start()
+    try:
+        with pytest.raises(grpc.RpcError, match="unpack to more than") as caught:
+            device.upload(task, bomb)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    device.close()
+    assert error_code(caught.value) is ErrorCode.UPDATE_INVALID
+    assert peak < 1 << 20
+    (line,) = secured.lines(action="UploadUpdate", outcome="UPDATE_INVALID")
+    assert "unpack to more than" in line.detail
 
 
 def test_too_many_calls(tmp_path):

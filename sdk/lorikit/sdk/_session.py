@@ -14,6 +14,7 @@ from lorikit.sdk._errors import (
     CancelledError,
     ConnectionLostError,
     DataError,
+    EnrolmentRefusedError,
     IdentityError,
     LorikitError,
     OutOfMemoryError,
@@ -116,11 +117,14 @@ class Session:
                     self._finish(offer)
                     return State.FINISHED
                 self._take(offer)
-            except IdentityError:
+            except IdentityError as error:
                 if enrolled_anew or not self._credentials.may_enrol_again():
                     raise
                 logger.info("the server does not know this device any more; it enrols again")
-                enrolled_anew = self._credentials.enrol(anew=True)
+                try:
+                    enrolled_anew = self._credentials.enrol(anew=True)
+                except EnrolmentRefusedError as refusal:
+                    raise error from refusal
         return State.STOPPED
 
     def _next_task(self) -> Offer:

@@ -11,6 +11,7 @@ from lorikit.server.cli.exit_codes import OF_REFUSAL, CommandError, ExitCode
 from lorikit.server.config import ConfigError
 from lorikit.server.config import explain as explain_settings
 from lorikit.server.errors import CompileError, LorikitError, RequestError
+from lorikit.server.identity.errors import AuthorityError
 from lorikit.server.planner import DoesNotFitError
 
 
@@ -24,7 +25,7 @@ def explain(error: Exception) -> tuple[ExitCode, str]:
         return ExitCode.MODEL, str(error)
     if isinstance(error, pydantic.ValidationError):
         return ExitCode.CONFIG, explain_settings(error)
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError | AuthorityError):
         return ExitCode.CONFIG, str(error)
     if isinstance(error, DoesNotFitError):
         return ExitCode.DOES_NOT_FIT, str(error)

@@ -19,6 +19,10 @@ _DEEDS: Mapping[str, tuple[str, _Subject]] = {
     "DownloadBlob": ("fetch", lambda request, reply: f"blob:{request.digest}"),
     "UploadUpdate": ("train", lambda request, reply: f"update:{reply.update_id}"),
     "ReportEvaluation": ("evaluate", lambda request, reply: f"task:{request.task_id}"),
+    "ReportFailure": (
+        "fail",
+        lambda request, reply: f"task:{request.task_id} error:{request.error}",
+    ),
     "CreateRun": ("create-run", lambda request, reply: f"run:{reply.name}"),
     "StopRun": ("stop-run", lambda request, reply: f"run:{reply.name}"),
     "FetchAdapter": (
