@@ -11,10 +11,10 @@ import pytest
 
 from lorikit.server.compile.architectures import Architecture
 from lorikit.server.compile.gradients import add_gradients
-from lorikit.server.compile.graph import Graph, Node, Port, needed
+from lorikit.server.compile.graph import MICROSOFT, Graph, Node, Port, needed
 from lorikit.server.compile.memory import peak_memory
 from lorikit.server.compile.onnx_format import to_onnx
-from lorikit.server.compile.recompute import recompute_layers
+from lorikit.server.compile.recompute import recompute_layers, recompute_scores
 
 F32 = np.dtype(np.float32)
 LAYERS = Architecture(class_name="Toy", layers="layer", head="head", targets=())
@@ -24,6 +24,34 @@ ROW = ("batch", WIDTH)
 
 def node(graph: Graph, layer: int, op: str, *inputs: str) -> str:
     return graph.emit(op, *inputs, shape=ROW, scope=f"layer.{layer}")
+
+
+def attention_graph(layers: int) -> Graph:
+    """h <- softmax((h w) (h w)^T) (h w) for each layer, w trained; loss as in training_graph."""
+    rows, square = ("batch", "length", WIDTH), ("batch", "length", "length")
+    graph = Graph(inputs=[Port("x", F32, rows)], shapes={"x": rows})
+    stream = "x"
+    for layer in range(layers):
+        weight, scope = f"layer.{layer}.w", f"layer.{layer}"
+        graph.inputs.append(Port(weight, F32, (WIDTH,)))
+        graph.shapes[weight] = (WIDTH,)
+        keys = graph.emit("Mul", stream, weight, shape=rows, scope=scope)
+        scores = graph.emit(
+            "FusedMatMul", keys, keys, shape=square, scope=scope, domain=MICROSOFT, transB=1
+        )
+        shares = graph.emit("Softmax", scores, shape=square, scope=scope, axis=-1)
+        stream = graph.emit("MatMul", shares, keys, shape=rows, scope=scope)
+    half_of_squares(graph, stream, rows)
+    add_gradients(graph, {stream: stream}, [f"layer.{i}.w" for i in range(layers)])
+    return graph
+
+
+def half_of_squares(graph: Graph, stream: str, shape: tuple[str | int, ...]) -> None:
+    square = graph.emit("Mul", stream, stream, shape=shape)
+    total = graph.emit("ReduceSum", square, shape=(), keepdims=0)
+    graph.nodes.append(Node("Mul", (total, graph.floats(0.5)), ("loss",)))
+    graph.shapes["loss"] = ()
+    graph.outputs.append(Port("loss", F32, ()))
 
 
 def training_graph(layers: int) -> Graph:
@@ -39,11 +67,7 @@ def training_graph(layers: int) -> Graph:
         scaled = node(graph, layer, "Mul", stream, weight)
         bent = node(graph, layer, "Tanh", scaled)
         stream = node(graph, layer, "Mul", bent, bent)
-    square = graph.emit("Mul", stream, stream, shape=ROW)
-    total = graph.emit("ReduceSum", square, shape=(), keepdims=0)
-    graph.nodes.append(Node("Mul", (total, graph.floats(0.5)), ("loss",)))
-    graph.shapes["loss"] = ()
-    graph.outputs.append(Port("loss", F32, ()))
+    half_of_squares(graph, stream, ROW)
     add_gradients(graph, {stream: stream}, [f"layer.{i}.w" for i in range(layers)])
     return graph
 
@@ -56,7 +80,8 @@ def results(graph: Graph) -> list[bytes]:
     session = onnxruntime.InferenceSession(
         to_onnx(graph).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    shapes = {port.name: (3, WIDTH) if port.name == "x" else (WIDTH,) for port in graph.inputs}
+    sizes = {"batch": 3, "length": 5}
+    shapes = {p.name: [sizes.get(n, n) for n in p.shape] for p in graph.inputs}
     feeds = {name: rng.normal(1, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
     return [np.asarray(value).tobytes() for value in session.run(None, feeds)]
 
@@ -142,3 +167,45 @@ def test_lengths_are_read_early_and_random_numbers_are_drawn_once() -> None:
         "RandomNormalLike", "Mul", "Shape", "Tanh", "ReduceSum", "Mul", "Mul", "Reshape",
     ]  # fmt: skip
     assert graph.nodes[5].inputs == ("x", noise)
+
+
+@pytest.mark.parametrize("layers", [[], [1], [0, 1, 2]])
+def test_loss_and_gradients_keep_their_bits_when_scores_are_made_again(layers: list[int]) -> None:
+    graph = attention_graph(3)
+    expected = results(graph)
+
+    recompute_layers(graph, LAYERS, layers)
+    recompute_scores(graph, LAYERS)
+
+    assert results(graph) == expected
+
+
+def test_scores_are_made_again_from_what_the_backward_part_reads_anyway() -> None:
+    graph = attention_graph(2)
+
+    done = recompute_scores(graph, LAYERS)
+
+    assert [n.op for n in clones(graph)] == ["FusedMatMul", "Softmax"] * 2
+    assert [(entry.layer, entry.nodes) for entry in done] == [(0, 2), (1, 2)]
+    assert [n.scope for n in clones(graph)] == ["layer.1"] * 2 + ["layer.0"] * 2
+
+
+def test_peak_no_longer_grows_with_the_scores_of_each_layer() -> None:
+    sizes = {"batch": 1, "length": 1000}
+    two, six = (attention_graph(layers) for layers in (2, 6))
+    for graph in (two, six):
+        recompute_scores(graph, LAYERS)
+
+    growth = peak_memory(six, sizes).live_bytes - peak_memory(two, sizes).live_bytes
+
+    # Four layers more keep keys and stream, [1000, WIDTH] each, and no [1000, 1000].
+    assert growth <= 4 * 2 * 1000 * WIDTH * 4
+
+
+def test_layers_recomputed_whole_make_no_scores_a_second_time() -> None:
+    graph = attention_graph(2)
+    recompute_layers(graph, LAYERS, [0, 1])
+    count = len(graph.nodes)
+
+    assert recompute_scores(graph, LAYERS) == ()
+    assert len(graph.nodes) == count

@@ -19,7 +19,7 @@ from lorikit.server.compile.gradients import RULES, add_gradients
 from lorikit.server.compile.layers import keep_layers
 from lorikit.server.compile.loss import add_loss, add_vocabulary_loss
 from lorikit.server.compile.models import Model
-from lorikit.server.compile.recompute import recompute_layers
+from lorikit.server.compile.recompute import recompute_layers, recompute_scores
 from lorikit.server.compile.stops import STOP, add_stops, remove_stops, stop_rule
 from lorikit.server.compile.verify import Probe
 from lorikit.server.compile.weights import Base, KernelReport, minimum_runtime, read_weights
@@ -94,6 +94,7 @@ def training_graph(
     remove_dead(graph)
     write_dropout(graph)
     recompute_layers(graph, model.architecture, variant.recomputed_layers)
+    recompute_scores(graph, model.architecture)
     return graph
 
 

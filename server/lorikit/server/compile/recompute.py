@@ -8,15 +8,24 @@ nodes in the order in which they stand, so nothing else is needed to have them r
 
 Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost",
 https://arxiv.org/abs/1604.06174, on a finished graph and layer by layer.
+
+Values that grow with the square of the length, which are the scores of attention and what is made
+of them, are a special case: they are much to keep and little to make, from queries and keys that
+the backward part reads anyway. They are made again in every layer.
+
+Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models",
+https://arxiv.org/abs/2205.05198, section 5, selective recomputation.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorikit.server.compile.architectures import Architecture
-from lorikit.server.compile.graph import Graph, Node, needed
+from lorikit.server.compile.graph import Graph, Node, Shape, needed
 
 _RANDOM = frozenset(
     {
@@ -30,6 +39,8 @@ _RANDOM = frozenset(
     }
 )
 """Operators that a second run would answer differently; their results are kept."""
+
+_SYMBOL = re.compile(r"[A-Za-z]\w*")
 
 _FEW_ELEMENTS = 16
 """Up to so many elements a value is a length or an index, and cheaper to keep than to make."""
@@ -71,7 +82,42 @@ def recompute_layers(
     """
     forward = needed(graph, forward_outputs)
     _take_lengths_early(graph, forward)
-    return tuple(_recompute(graph, architecture, layer, forward) for layer in layers)
+    return tuple(_recompute_layer(graph, architecture, layer, forward) for layer in layers)
+
+
+def recompute_scores(
+    graph: Graph, architecture: Architecture, *, forward_outputs: Sequence[str] = ("loss",)
+) -> tuple[Recomputation, ...]:
+    """Make the layers' values that grow with the square of a length again, in place.
+
+    To run after ``recompute_layers``; layers that are recomputed whole are left as they are.
+    Arguments and results are those of ``recompute_layers``; a layer without such values in its
+    backward part has no entry.
+    """
+    forward = needed(graph, forward_outputs)
+    by_layer: dict[int, dict[str, Node]] = {}
+    for node in graph.nodes:
+        layer = architecture.layer_of(node.scope)
+        if layer >= 0 and _is_forward(node, forward) and node.op not in _RANDOM:
+            quadratic = [n for n in node.outputs if _is_quadratic(graph.shapes.get(n, ()))]
+            by_layer.setdefault(layer, {}).update(dict.fromkeys(quadratic, node))
+    outputs = {port.name for port in graph.outputs}
+    done = [
+        _recompute(graph, layer, originals, outputs, forward)
+        for layer, originals in sorted(by_layer.items())
+    ]
+    return tuple(entry for entry in done if entry.nodes)
+
+
+def _is_quadratic(shape: Shape) -> bool:
+    """Whether two axes of a value grow with the same symbol."""
+    symbols = Counter(
+        symbol
+        for dim in shape
+        if isinstance(dim, str)
+        for symbol in set(_SYMBOL.findall(dim)) - {"rows"}
+    )
+    return any(count > 1 for count in symbols.values())
 
 
 def _take_lengths_early(graph: Graph, forward: set[str]) -> None:
@@ -94,7 +140,7 @@ def _take_lengths_early(graph: Graph, forward: set[str]) -> None:
             forward.update(length.outputs[0] for length in taken)
 
 
-def _recompute(
+def _recompute_layer(
     graph: Graph, architecture: Architecture, layer: int, forward: set[str]
 ) -> Recomputation:
     originals = {
@@ -104,7 +150,13 @@ def _recompute(
         for output in node.outputs
         if output
     }
-    kept = _kept(graph, originals, forward)
+    return _recompute(graph, layer, originals, _kept(graph, originals, forward), forward)
+
+
+def _recompute(
+    graph: Graph, layer: int, originals: Mapping[str, Node], kept: set[str], forward: set[str]
+) -> Recomputation:
+    """Let the backward part read clones of the nodes that make ``originals``, but for ``kept``."""
     twin: dict[str, str] = {}
     nodes: list[Node] = []
     for node in graph.nodes:
