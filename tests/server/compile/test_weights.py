@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from lorikit.server.compile import base as base_module
 from lorikit.server.compile import kernels as kernels_module
 from lorikit.server.compile.architectures import Architecture
 from lorikit.server.compile.cleaning import remove_dead
@@ -122,6 +123,28 @@ def test_forward_and_backward_products_equal_numpy(
     found = run(graph, blobs, {"x": x, "dy": dy}, prepack=report.is_prepacked)
 
     # Products of at most 192 numbers of order 0.1: float32 sums are good to 1e-6.
+    np.testing.assert_allclose(found["y"], x @ weight.T, atol=2e-6)
+    np.testing.assert_allclose(found["dx"], dy @ weight, atol=2e-6)
+
+
+@pytest.mark.parametrize("kernels", ["lean", "fast"])
+@pytest.mark.parametrize("runtime", ["onnx", "onnx-training"])
+def test_products_with_blocks_of_128_equal_numpy(
+    runtime: str, kernels: str, blobs: FolderBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_module, "WIDE_ROW", 128)
+    monkeypatch.setattr(kernels_module, "PIECE_BYTES", 4 * 32 * 128)
+    graph = linear_graph(150, 128)
+    base = stored_base(graph, "int4", blobs)
+    weight = base.decoded("w")
+    rng = np.random.default_rng(9)
+    x = rng.normal(size=(2, 3, 128)).astype(np.float32)
+    dy = rng.normal(size=(2, 3, 150)).astype(np.float32)
+
+    report = read_weights(graph, base, runtime, kernels)
+    found = run(graph, blobs, {"x": x, "dy": dy}, prepack=report.is_prepacked)
+
+    assert dict(report.tensors_by_codec) == {"int4-row128": 1}
     np.testing.assert_allclose(found["y"], x @ weight.T, atol=2e-6)
     np.testing.assert_allclose(found["dx"], dy @ weight, atol=2e-6)
 
@@ -402,6 +425,9 @@ def test_a_kernel_of_a_convolution_is_stored_in_half(blobs: FolderBlobs) -> None
         ((64,), "int4", False, "fp32"),
         ((8, 64), "int4", False, "int4-row64"),
         ((8, 72), "int4", False, "int8"),
+        ((8, 2048), "int4", False, "int4-row128"),
+        ((8, 2112), "int4", False, "int4-row64"),
+        ((8, 2056), "int4", False, "int8"),
         ((8, 64), "int4", True, "int8"),
         ((8, 64), "nf4", False, "nf4"),
         ((3, 5), "nf4", False, "int8"),

@@ -27,10 +27,12 @@ PAGE = 4096
 NF4_BLOCK = 64
 """Values of the flattened tensor that share a scale in NF4."""
 
-INT4_BLOCK = 64
-"""Values of a row that share a scale in int4."""
+INT4_BLOCKS = {"int4-row64": 64, "int4-row128": 128}
+"""Values of a row that share a scale, by codec of int4."""
 
-INT4_CODEC = f"int4-row{INT4_BLOCK}"
+WIDE_ROW = 2048
+"""Values from which on a row takes int4 in blocks of 128. The scales of blocks of 64 are a ninth of
+the bytes, 60 MB at 1.1 B parameters; halving them costs about 1 dB."""
 
 _BEHIND_HEAD = frozenset({"Add", "Cast", "Identity", "Reshape", "Slice"})
 """Operators that may stand between a head and the logits."""
@@ -92,8 +94,15 @@ def codec_for(name: str, values: Array, precision: str, *, is_table: bool) -> st
     if precision == "nf4" and (is_table or values.size % NF4_BLOCK):
         return "int8"
     if precision == "int4":
-        return "int8" if is_table or values.shape[1] % INT4_BLOCK else INT4_CODEC
+        return "int8" if is_table else _int4_codec(values.shape[1])
     return precision
+
+
+def _int4_codec(columns: int) -> str:
+    """Codec of a matrix at int4 by the length of its rows, which have to fill its blocks."""
+    if columns >= WIDE_ROW and columns % 128 == 0:
+        return "int4-row128"
+    return "int8" if columns % 64 else "int4-row64"
 
 
 def store_base(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lorikit.server.compile.base import INT4_BLOCK, INT4_CODEC, NF4_BLOCK, Stored
+from lorikit.server.compile.base import INT4_BLOCKS, NF4_BLOCK, Stored
 from lorikit.server.compile.graph import MICROSOFT, External, Graph, Node, Shape
 from lorikit.server.errors import CompileError, UnsupportedModelError
 
@@ -99,10 +99,10 @@ class Reader:
 def readers_for(runtime: str, *, is_fast: bool) -> Mapping[str, Reader]:
     """Reader by codec for a runtime; fast ones may keep a second copy of weights."""
     if runtime == "onnx-training":
-        return READERS | {INT4_CODEC: Reader("Gather", _int4_by_table)}
+        return READERS | dict.fromkeys(INT4_BLOCKS, Reader("Gather", _int4_by_table))
     if is_fast:
-        int4 = replace(READERS[INT4_CODEC], multiply=_multiply_int4, takes_pieces=False)
-        return READERS | {INT4_CODEC: int4}
+        int4 = replace(_INT4, multiply=_multiply_int4, takes_pieces=False)
+        return READERS | dict.fromkeys(INT4_BLOCKS, int4)
     return READERS
 
 
@@ -155,8 +155,9 @@ def _int4(graph: Graph, piece: Piece) -> str:
 
 def _int4_rows(graph: Graph, index: str, piece: Piece, shape: Shape) -> str:
     rows, columns = piece.shape
+    block = INT4_BLOCKS[piece.codec]
     codes = piece.part(graph, "codes", rows, columns // 2)
-    scale = piece.part(graph, "scale", rows, columns // INT4_BLOCK)
+    scale = piece.part(graph, "scale", rows, columns // block)
     return graph.emit(
         "GatherBlockQuantized",
         codes,
@@ -167,7 +168,7 @@ def _int4_rows(graph: Graph, index: str, piece: Piece, shape: Shape) -> str:
         domain=MICROSOFT,
         gather_axis=0,
         quantize_axis=1,
-        block_size=INT4_BLOCK,
+        block_size=block,
     )
 
 
@@ -176,13 +177,14 @@ def _int4_by_table(graph: Graph, piece: Piece) -> str:
     byte = np.arange(256)
     pairs = np.stack([byte & 15, byte >> 4], axis=1).astype(np.float32) - np.float32(8)
     graph.constants.setdefault("int4_pairs", pairs)
-    blocks = piece.size // INT4_BLOCK
-    codes = piece.part(graph, "codes", blocks, INT4_BLOCK // 2)
-    index = graph.emit("Cast", codes, shape=(blocks, INT4_BLOCK // 2), to=6)
+    half = INT4_BLOCKS[piece.codec] // 2
+    blocks = piece.size // (2 * half)
+    codes = piece.part(graph, "codes", blocks, half)
+    index = graph.emit("Cast", codes, shape=(blocks, half), to=6)
     graph.dtypes[index] = np.dtype(np.int32)
-    found = graph.emit("Gather", "int4_pairs", index, shape=(blocks, INT4_BLOCK // 2, 2), axis=0)
+    found = graph.emit("Gather", "int4_pairs", index, shape=(blocks, half, 2), axis=0)
     scale = piece.part(graph, "scale", blocks, 1, 1)
-    scaled = graph.emit("Mul", found, scale, shape=(blocks, INT4_BLOCK // 2, 2))
+    scaled = graph.emit("Mul", found, scale, shape=(blocks, half, 2))
     return graph.emit("Reshape", scaled, graph.ints(*piece.shape), shape=piece.shape, hint="weight")
 
 
@@ -215,10 +217,11 @@ def _bnb4(x: str, piece: Piece, graph: Graph, *, rows: int, columns: int) -> Nod
 
 def _multiply_int4(x: str, piece: Piece, graph: Graph) -> Node:
     rows, columns = piece.shape
-    blocks = columns // INT4_BLOCK
-    codes = piece.part(graph, "codes", rows, blocks, INT4_BLOCK // 2)
+    block = INT4_BLOCKS[piece.codec]
+    blocks = columns // block
+    codes = piece.part(graph, "codes", rows, blocks, block // 2)
     scale = piece.part(graph, "scale", rows, blocks)
-    attributes = {"K": columns, "N": rows, "block_size": INT4_BLOCK, "bits": 4}
+    attributes = {"K": columns, "N": rows, "block_size": block, "bits": 4}
     return Node("MatMulNBits", (x, codes, scale), (), attributes, MICROSOFT)
 
 
@@ -240,17 +243,19 @@ def _int8_rows(graph: Graph, index: str, piece: Piece, shape: Shape) -> str:
     return graph.emit("Mul", values, column, shape=shape)
 
 
+_INT4 = Reader("GatherBlockQuantized", _int4)
+
 READERS: dict[str, Reader] = {
     "fp32": Reader("mapped", _mapped),
     "fp16": Reader("Cast", _half),
     "int8": Reader("DequantizeLinear", _int8),
     "nf4": Reader("MatMulBnb4", _nf4, _multiply_nf4),
-    INT4_CODEC: Reader("GatherBlockQuantized", _int4),
+    **dict.fromkeys(INT4_BLOCKS, _INT4),
 }
 """Reader by codec on stock onnxruntime, for least memory."""
 
 _TABLE_ROWS: Mapping[str, tuple[str, Callable[[Graph, str, Piece, Shape], str]]] = {
     "fp16": ("Gather", _half_rows),
     "int8": ("Gather", _int8_rows),
-    INT4_CODEC: ("GatherBlockQuantized", _int4_rows),
+    **dict.fromkeys(INT4_BLOCKS, ("GatherBlockQuantized", _int4_rows)),
 }
