@@ -346,7 +346,8 @@ class LocalDevice:
 
     def received(self, task: DeviceTask, manifest: Manifest) -> Tensors:
         """The adapter that the task starts from."""
-        self._packages.fetch(task.adapter)
+        names = [tensor.name for tensor in manifest.adapter]
+        self._packages.fetch_adapter(task.adapter, task.change, names)
         return read_adapter(self.store.blobs, task.adapter, manifest)
 
     def _dataset(self, manifest: Manifest, max_length: int) -> Dataset:

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from lorikit.proto import manifest as manifests
 from lorikit.proto.manifest import BlobRef, Manifest, ManifestError
-from lorikit.proto.tensors import MalformedTensorError, Tensors, unpack
-from lorikit.quantization import QuantizationError, codec
+from lorikit.proto.tensors import Bundle, MalformedTensorError, Tensors, pack, raw, unpack
+from lorikit.quantization import QuantizationError, changes, codec
+from lorikit.quantization.wire import expanded
 from lorikit.sdk._blobs import BlobCache
 from lorikit.sdk._connection import Connection
 from lorikit.sdk._errors import (
@@ -20,7 +23,9 @@ from lorikit.sdk._errors import (
     UnsupportedPackageError,
 )
 from lorikit.sdk._events import Downloaded, Event
-from lorikit.sdk._transport import Transport
+from lorikit.sdk._transport import AdapterChange, Transport
+
+logger = logging.getLogger(__name__)
 
 _MAX_MANIFEST_BYTES = 64 << 20
 
@@ -61,8 +66,7 @@ def read_adapter(blobs: BlobCache, adapter: BlobRef, manifest: Manifest) -> Tens
         PackageError: Absent, damaged, or with numbers that are not finite.
     """
     try:
-        bundle = unpack(blobs.read(adapter))
-        tensors = {name: codec(e.codec).decode(e) for name, e in bundle.tensors.items()}
+        tensors = _decoded(blobs.read(adapter))
     except (MalformedTensorError, QuantizationError) as error:
         raise PackageError(f"the adapter cannot be read: {error}") from error
     expected = {tensor.name for tensor in manifest.adapter}
@@ -74,6 +78,12 @@ def read_adapter(blobs: BlobCache, adapter: BlobRef, manifest: Manifest) -> Tens
         if not np.isfinite(values).all():
             raise PackageError(f"the adapter's tensor {name} has numbers that are not finite")
     return tensors
+
+
+def _decoded(data: bytes) -> Tensors:
+    """The tensors of a serialised bundle."""
+    bundle = unpack(data)
+    return {name: codec(each.codec).decode(each) for name, each in bundle.tensors.items()}
 
 
 class Packages:
@@ -128,6 +138,7 @@ class Packages:
         adapter: BlobRef,
         *,
         engine: str,
+        change: AdapterChange | None = None,
         spared: tuple[str, ...] = (),
         cancelled: Callable[[], bool] = lambda: False,
     ) -> tuple[Manifest, tuple[str, ...]]:
@@ -137,18 +148,67 @@ class Packages:
             package: The manifest.
             adapter: The adapter.
             engine: Name of the engine that will open it.
+            change: How to get the adapter from another one, should that one be here.
             spared: Digests of other blobs that must not be evicted for it.
             cancelled: Asked between chunks.
 
         Returns:
             The manifest, and the digests of all the blobs, which are pinned from now on.
         """
+        if change is not None:
+            spared = (*spared, change.base.digest, change.blob.digest)
         self._blobs.pin({package.digest, adapter.digest, *spared})
         self.fetch(package, cancelled=cancelled)
         manifest = read_manifest(self._blobs, package)
         needed = needed_blobs(manifest, engine)
         digests = (package.digest, adapter.digest, *(blob.digest for blob in needed))
         self._blobs.pin({*digests, *spared})
-        for blob in (*needed, adapter):
+        for blob in needed:
             self.fetch(blob, cancelled=cancelled)
+        names = [tensor.name for tensor in manifest.adapter]
+        self.fetch_adapter(adapter, change, names, cancelled=cancelled)
         return manifest, digests
+
+    def fetch_adapter(
+        self,
+        adapter: BlobRef,
+        change: AdapterChange | None,
+        names: Iterable[str],
+        *,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Have an adapter in the cache: rebuilt from one that is here, or else downloaded whole.
+
+        What is rebuilt must have the adapter's digest, to the bit.
+
+        Args:
+            adapter: The adapter.
+            change: How to get it from another one; None where there is no such way.
+            names: Its tensors.
+            cancelled: Asked between chunks.
+        """
+        if change is not None and not self._blobs.has(adapter) and self._blobs.has(change.base):
+            self.fetch(change.blob, cancelled=cancelled)
+            data = self._rebuilt(adapter, change, names)
+            if data is not None:
+                self._blobs.fill(adapter, lambda held: [data[held:]], on_bytes=lambda _: None)
+                return
+        self.fetch(adapter, cancelled=cancelled)
+
+    def _rebuilt(
+        self, adapter: BlobRef, change: AdapterChange, names: Iterable[str]
+    ) -> bytes | None:
+        """The adapter's bytes; None, with a warning, where they are not what they should be."""
+        try:
+            base = _decoded(self._blobs.read(change.base))
+            bundle = unpack(self._blobs.read(change.blob), max_bytes=adapter.size)
+            bundle = expanded(bundle, max_bytes=adapter.size)
+            tensors = changes.rebuilt(base, bundle, names, max_bytes=adapter.size)
+        except (MalformedTensorError, QuantizationError) as error:
+            logger.warning("change of the adapter cannot be used, it is fetched whole: %s", error)
+            return None
+        data = pack(Bundle({name: raw(values) for name, values in tensors.items()}))
+        if hashlib.sha256(data).hexdigest() != adapter.digest:
+            logger.warning("change of the adapter gives another one, it is fetched whole")
+            return None
+        return data

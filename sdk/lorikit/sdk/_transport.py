@@ -66,6 +66,16 @@ _WHY_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterChange:
+    """An adapter as a change against another one."""
+
+    base: BlobRef
+    """The adapter that the change is against."""
+    blob: BlobRef
+    """The change, a serialised TensorBundle with a wire header."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """What the device is asked to do."""
 
@@ -83,6 +93,8 @@ class Task:
     adapter: BlobRef
     """A serialised TensorBundle."""
     package_signature: bytes = b""
+    change: AdapterChange | None = None
+    """The same adapter in fewer bytes, where the device still holds the base."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -573,9 +585,14 @@ def _task(message: pb.Task) -> Task | UnreadableTask:
             package=blob_from_message(message.package),
             adapter=blob_from_message(message.adapter),
             package_signature=message.package_signature,
+            change=_change(message.change) if message.HasField("change") else None,
         )
     except (PlanError, ManifestError) as error:
         return UnreadableTask(task_id=message.task_id, reason=str(error))
+
+
+def _change(message: pb.AdapterChange) -> AdapterChange:
+    return AdapterChange(base=blob_from_message(message.base), blob=blob_from_message(message.blob))
 
 
 def _finished(message: pb.Finished) -> Finished:

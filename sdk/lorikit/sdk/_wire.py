@@ -14,11 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorikit.proto.plan import ADAPTIVE, WireScheme
+from lorikit.proto.plan import WireScheme
 from lorikit.proto.tensors import Encoded, Float32, Tensors, WireHeader
-from lorikit.quantization import QuantizationError, wire
-from lorikit.quantization.allocation import Choice, allocate
-from lorikit.quantization.base import Codec
+from lorikit.quantization import QuantizationError, changes, wire
 from lorikit.sdk._errors import NonFiniteError, PlanRefusedError, StorageFullError
 from lorikit.sdk._store import Residuals
 
@@ -126,31 +124,18 @@ def encode_tensors(
         NonFiniteError: A change is not finite; names the tensor.
         PlanRefusedError: The budget is too small.
     """
-    header = _header(scheme, seed)
+    header = changes.header_of(scheme, seed)
     values = {
         name: _sent_values(name, tensor, received, scheme, carried)
         for name, tensor in sorted(tensors.items())
     }
-    codecs = _codecs(values, scheme, header, importance)
-    encoded = {
-        name: wire.encode(value, name, header, codecs[name]) for name, value in values.items()
-    }
+    try:
+        encoded = changes.encode(values, scheme, header, importance)
+    except QuantizationError as error:
+        raise PlanRefusedError(f"wire.budget_bytes: {error}") from error
     left = {name: rest for name, rest in carried.items() if name not in values}
     left |= {name: values[name] - wire.decode(encoded[name], name, header) for name in values}
     return WireTensors(encoded, header, left)
-
-
-def _header(scheme: WireScheme, seed: int) -> WireHeader:
-    return WireHeader(
-        version=scheme.version,
-        scheme=scheme.codec,
-        delta=scheme.delta,
-        stochastic=scheme.stochastic,
-        rotation_block=scheme.rotation_block,
-        seed=seed,
-        error_feedback=scheme.error_feedback,
-        round=scheme.round,
-    )
 
 
 def _carried(residuals: Residuals, scheme: WireScheme, owner: str) -> Tensors:
@@ -182,50 +167,3 @@ def _sent_values(
     if not np.isfinite(values).all():
         raise NonFiniteError(f"{name}: its change is not finite; lower the learning rate or clip")
     return values
-
-
-def _codecs(
-    values: Tensors, scheme: WireScheme, header: WireHeader, importance: Mapping[str, float]
-) -> dict[str, Codec]:
-    """The codec of each tensor."""
-    small = {name: wire.small_codec(value) for name, value in values.items()}
-    if scheme.codec in ("fp32", "fp16", "bf16"):
-        small = dict.fromkeys(values)
-    chosen = {name: each for name, each in small.items() if each is not None}
-    large = {name: value for name, value in values.items() if name not in chosen}
-    if scheme.codec != ADAPTIVE:
-        codec = wire.scheme_codec(scheme.codec, top_share=scheme.top_share)
-        return chosen | dict.fromkeys(large, codec)
-    budget = scheme.budget_bytes
-    for name, codec in chosen.items():
-        budget -= wire.encode(values[name], name, header, codec).nbytes
-    return chosen | _within_budget(large, header, importance, budget)
-
-
-def _within_budget(
-    values: Tensors, header: WireHeader, importance: Mapping[str, float], budget: int
-) -> dict[str, Codec]:
-    """The codecs of the ladder that fit the budget with the least weighted error."""
-    choices = {
-        name: [_choice(value, name, header, place, importance) for place in range(len(wire.LADDER))]
-        for name, value in values.items()
-    }
-    try:
-        taken = allocate(choices, budget)
-    except QuantizationError as error:
-        raise PlanRefusedError(f"wire.budget_bytes: {error}") from error
-    return {name: wire.LADDER[int(choice.codec)] for name, choice in taken.items()}
-
-
-def _choice(
-    values: Float32, name: str, header: WireHeader, place: int, importance: Mapping[str, float]
-) -> Choice:
-    """A place on the ladder with the bytes and the weighted squared error it really has."""
-    encoded = wire.encode(values, name, header, wire.LADDER[place])
-    error = (wire.decode(encoded, name, header) - values).reshape(-1)
-    squared = float(np.dot(error, error))
-    return Choice(
-        codec=str(place),
-        nbytes=encoded.nbytes,
-        distortion=importance.get(name, 1.0) * squared,
-    )

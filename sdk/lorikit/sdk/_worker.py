@@ -38,7 +38,7 @@ from lorikit.sdk._memory import MemoryWatch, memory_use
 from lorikit.sdk._packages import Packages, read_adapter
 from lorikit.sdk._plan import PlanExecutor
 from lorikit.sdk._store import LastAdapter, PendingUpdate, Store
-from lorikit.sdk._transport import Task, Transport
+from lorikit.sdk._transport import AdapterChange, Task, Transport
 from lorikit.sdk.engines import open_engine
 from lorikit.sdk.engines.base import Engine
 
@@ -231,7 +231,10 @@ class Worker:
         self._enter(State.DOWNLOADING, heartbeat)
         self._check_signature(task.package, task.package_signature)
         manifest, digests = self._fetch(
-            task.package, task.adapter, lambda: heartbeat.void or self._cancelled()
+            task.package,
+            task.adapter,
+            lambda: heartbeat.void or self._cancelled(),
+            change=task.change,
         )
         adapter = read_adapter(self._store.blobs, task.adapter, manifest)
         self._store.save_last_adapter(
@@ -252,13 +255,19 @@ class Worker:
             check_package(package.digest, signature, bytes.fromhex(key))
 
     def _fetch(
-        self, package: BlobRef, adapter: BlobRef, cancelled: Callable[[], bool]
+        self,
+        package: BlobRef,
+        adapter: BlobRef,
+        cancelled: Callable[[], bool],
+        *,
+        change: AdapterChange | None = None,
     ) -> tuple[Manifest, tuple[str, ...]]:
         last = self._store.last_adapter()
         return self._packages.fetch_package(
             package,
             adapter,
             engine=self._engine_name,
+            change=change,
             spared=() if last is None else last.blobs,
             cancelled=cancelled,
         )

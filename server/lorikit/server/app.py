@@ -32,6 +32,7 @@ from lorikit.server.config import (
     neighbour,
     read_evaluation_data,
 )
+from lorikit.server.downlink import downlink_scheme
 from lorikit.server.downloads import Downloads
 from lorikit.server.errors import LorikitError, RequestError
 from lorikit.server.export import write_adapter
@@ -469,6 +470,7 @@ def check_run(config: RunConfig) -> None:
             )
         make_method(config)
         wire_scheme(config)
+        downlink_scheme(config)
         if config.evaluation_data is not None:
             read_evaluation_data(config.evaluation_data, config.task)
     except (LorikitError, ValueError) as error:

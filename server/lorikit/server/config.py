@@ -169,6 +169,14 @@ class RunConfig(_Settings):
     ``error_feedback``, ``compressed``, ``top_share`` of ``topk``, ``budget_bytes`` of
     ``adaptive``."""
 
+    downlink_codec: str = "fp32"
+    """Wire codec of adapters on their way to devices: ``fp32`` sends them whole; any other of
+    ``codec`` as changes against the adapter that a device holds, and whole where it holds none."""
+
+    downlink_options: dict[str, JsonValue] = {}
+    """Options of the downlink's codec by name: ``stochastic``, ``rotation_block``, ``compressed``,
+    ``top_share`` of ``topk``, ``budget_bytes`` of ``adaptive``."""
+
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Seed of everything random in the run."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,9 +27,10 @@ from lorikit.proto.plan import (
 from lorikit.quantization.wire import check_scheme
 from lorikit.server.config import RunConfig
 from lorikit.server.errors import CompileError
+from lorikit.server.methods import FACTS
 from lorikit.server.methods.base import Assignment
 
-_PLAIN_CODECS = ("fp32", "fp16", "bf16")
+PLAIN_CODECS = ("fp32", "fp16", "bf16")
 """Codecs that hold plain values unless options ask for a wire scheme."""
 
 _OPTIONS = (
@@ -37,9 +38,6 @@ _OPTIONS = (
     "top_share",
 )  # fmt: skip
 """Options of a wire scheme that a run may set."""
-
-_NEW_COORDINATES = ("flexlora", "flora", "frlora")
-"""Methods that factor the adapter anew each round: what an update left out means nothing later."""
 
 _NAME_BYTES = 256
 """Room for the name, the shape and the framing of a tensor in an update."""
@@ -185,29 +183,23 @@ def wire_scheme(
 ) -> WireScheme | None:
     """How updates of the run travel; None: as plain values in the run's codec.
 
-    Error feedback is on below 8 bits unless the method factors the adapter anew each round; without
-    it, rounding is stochastic.
+    Error feedback is on below 8 bits where the method keeps its coordinates from round to round;
+    without it, rounding is stochastic.
 
     Raises:
         ValueError: Unknown codec or option, or a value out of range; names it.
     """
     check_scheme(config.codec)
     options: dict[str, Any] = dict(config.codec_options)
-    if unknown := sorted(options.keys() - set(_OPTIONS)):
-        raise ValueError(
-            f"codec_options: {unknown[0]!r:.80} is unknown; known are {', '.join(_OPTIONS)}"
-        )
-    if config.codec in _PLAIN_CODECS and not options:
+    check_options("codec_options", options, _OPTIONS)
+    if config.codec in PLAIN_CODECS and not options:
         return None
-    for name, value in options.items():
-        _check_option(name, value)
-    is_coarse = config.codec not in (*_PLAIN_CODECS, "int8-block64")
-    moves = config.method in _NEW_COORDINATES
-    feedback = options.get("error_feedback", is_coarse and not moves)
-    if feedback and moves:
+    keeps = FACTS[config.method].keeps_coordinates
+    feedback = options.get("error_feedback", is_coarse(config.codec) and keeps)
+    if feedback and not keeps:
         raise ValueError(
-            f"codec_options: error_feedback does not go with method {config.method}, which factors "
-            "the adapter anew each round; set it to false"
+            f"codec_options: error_feedback does not go with method {config.method}, which gives "
+            "the adapter other coordinates each round; set it to false"
         )
     defaults = {"error_feedback": feedback, "stochastic": not feedback}
     if config.codec == ADAPTIVE and "budget_bytes" not in options:
@@ -219,6 +211,27 @@ def wire_scheme(
         counted_round=counted_round,
         **{**defaults, **options},
     )
+
+
+def is_coarse(name: str) -> bool:
+    """Whether a wire codec has so few bits that its errors must be fed back."""
+    return name not in (*PLAIN_CODECS, "int8-block64")
+
+
+def check_options(field: str, options: Mapping[str, object], known: Sequence[str]) -> None:
+    """Refuse an option of a wire scheme that is unknown, or of another kind than its default.
+
+    Raises:
+        ValueError: Names the field, the option and its value.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(WireScheme)}
+    for name, value in sorted(options.items()):
+        if name not in known:
+            raise ValueError(f"{field}: {name!r:.80} is unknown; known are {', '.join(known)}")
+        kind = type(defaults[name])
+        kinds = (int, float) if kind is float else (kind,)
+        if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"{field}: {name} must be of type {kind.__name__}, got {value!r:.80}")
 
 
 def trained_names(assignment: Assignment, adapter: Iterable[AdapterTensor]) -> tuple[str, ...]:
@@ -315,19 +328,9 @@ def assignment_from_json(text: str) -> Assignment:
     return Assignment(**fields)
 
 
-def _check_option(name: str, value: object) -> None:
-    """Refuse a value of another kind than the option's default."""
-    (default,) = (f.default for f in dataclasses.fields(WireScheme) if f.name == name)
-    kinds = (int, float) if isinstance(default, float) else (type(default),)
-    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-        raise ValueError(
-            f"codec_options: {name} must be of type {type(default).__name__}, got {value!r:.80}"
-        )
-
-
 def _plain_codec(config: RunConfig, profile: Profile) -> str:
     """Codec of what does not travel by a wire scheme, such as statistics."""
-    is_plain = config.codec in _PLAIN_CODECS and config.codec in profile.codecs
+    is_plain = config.codec in PLAIN_CODECS and config.codec in profile.codecs
     return config.codec if is_plain else "fp32"
 
 

@@ -16,7 +16,8 @@ from lorikit.proto.v1.device_service_pb2_grpc import (
     DeviceServiceServicer,
     add_DeviceServiceServicer_to_server,
 )
-from lorikit.proto.wire import profile_from_message, report_from_message
+from lorikit.proto.wire import blob_to_message, profile_from_message, report_from_message
+from lorikit.server.downlink import change_from_json
 from lorikit.server.downloads import Downloads
 from lorikit.server.errors import RequestError
 from lorikit.server.gate import CALLER, WHO
@@ -222,6 +223,7 @@ def _answer(answer: Answer, sign: Callable[[str], bytes]) -> messages.NextTaskRe
 
 def _task(offer: Offer, sign: Callable[[str], bytes]) -> messages.Task:
     task = offer.task
+    change = change_from_json(task.change)
     return messages.Task(
         task_id=task.id,
         run_id=task.run_id,
@@ -233,6 +235,11 @@ def _task(offer: Offer, sign: Callable[[str], bytes]) -> messages.Task:
         kind=task.kind,
         update_id=task.update_id,
         package_signature=sign(task.package_digest),
+        change=None
+        if change is None
+        else messages.AdapterChange(
+            base=blob_to_message(change.base), blob=blob_to_message(change.blob)
+        ),
     )
 
 

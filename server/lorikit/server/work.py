@@ -21,9 +21,16 @@ import numpy.typing as npt
 from lorikit.proto.device import EngineInfo, Profile
 from lorikit.proto.manifest import BlobRef, Manifest
 from lorikit.proto.plan import PLAN_VERSION, Plan
-from lorikit.proto.tensors import Bundle, Tensors, pack, raw
+from lorikit.proto.tensors import Tensors
 from lorikit.proto.wire import plan_to_message
 from lorikit.server.config import EvaluationData, RunConfig
+from lorikit.server.downlink import (
+    Downlink,
+    Version,
+    as_from_exact,
+    change_to_json,
+    shared_bases,
+)
 from lorikit.server.errors import LorikitError
 from lorikit.server.learning import Observation
 from lorikit.server.methods.base import (
@@ -159,7 +166,8 @@ class RunParts:
 
 
 _REMEMBERED_ROUNDS = 34
-"""Rounds looked back for a device's last update; its error feedback forgets sooner."""
+"""Rounds looked back for a device's last update. Its error feedback forgets sooner; a device that
+missed more gets its adapter whole."""
 
 _Facts = tuple[str, Mapping[str, float], float | None]
 """What a participant follows from: profile, the method's memory, measured speed."""
@@ -197,6 +205,7 @@ class RoundWork:
         self._store = store
         self._blobs = blobs
         self._private = private
+        self._downlink = Downlink(config, blobs)
         self._space = parts.source.space(config.max_rank)
         self._participants: dict[str, tuple[_Facts, Participant]] = {}
 
@@ -239,10 +248,17 @@ class RoundWork:
         cohort = self._cohort(row, participants)
         rng = np.random.default_rng(seed_of("assign", self.config.seed, row.number, row.attempt))
         assignments = self.parts.method.assign(state, self._space, row.number, cohort, rng)
+        counted = {a.device_id: self._counted(row.number, a.device_id) for a in assignments}
+        held = {device: None if last is None else last[1] for device, last in counted.items()}
+        bases = shared_bases(assignments, held)
         tasks = []
         for assignment in assignments:
+            last = counted[assignment.device_id]
+            version = self._version(state, assignment, bases[assignment.device_id], row.number)
             try:
-                tasks.append(self._task(row, state, assignment))
+                tasks.append(
+                    self._task(row, assignment, version, None if last is None else last[0])
+                )
             except DoesNotFitError as error:
                 self._refuse(assignment.device_id, error)
         return tasks
@@ -254,7 +270,7 @@ class RoundWork:
         but them, the state before, and the settings.
         """
         state = self.state_before(number)
-        contributions = self._contributions(self._store.updates(self._run_id, number))
+        contributions = self._contributions(state, self._store.updates(self._run_id, number))
         after = self.parts.method.aggregate(state, self._space, contributions)
         return self._private.put(pack_state(after)).digest
 
@@ -267,7 +283,7 @@ class RoundWork:
             if task.id not in done:
                 continue
             assignment = assignment_from_json(task.assignment)
-            adapter = self._broadcast(state, assignment)
+            version = self._version(state, assignment, task.adapter_digest, number + 1)
             name = identifier("evaluate", task.id)
             tasks.append(
                 TaskRow(
@@ -281,8 +297,9 @@ class RoundWork:
                     plan=task.plan,
                     package_digest=task.package_digest,
                     package_size=task.package_size,
-                    adapter_digest=adapter.digest,
-                    adapter_size=adapter.size,
+                    adapter_digest=version.adapter.digest,
+                    adapter_size=version.adapter.size,
+                    change=change_to_json(version.change),
                     assignment=task.assignment,
                     expected="{}",
                     max_update_bytes=0,
@@ -333,7 +350,7 @@ class RoundWork:
             except LorikitError as error:  # the run has its result; one device goes without
                 logger.warning("no final adapter for device=%s: %s", device.id, error)
                 continue
-            adapter = self._broadcast(state, assignment)
+            adapter = self._version(state, assignment, None, rounds).adapter
             self._store.set_result(
                 self._run_id,
                 device.id,
@@ -406,7 +423,13 @@ class RoundWork:
         chosen = rng.choice(len(participants), size=size, replace=False)
         return [participants[index] for index in sorted(chosen)]
 
-    def _task(self, row: RoundRow, state: State, assignment: Assignment) -> TaskRow:
+    def _task(
+        self,
+        row: RoundRow,
+        assignment: Assignment,
+        version: Version,
+        counted_round: int | None,
+    ) -> TaskRow:
         device = self._store.device(assignment.device_id)
         if device is None:
             raise LorikitError(f"method assigned work to unknown device {assignment.device_id}")
@@ -420,13 +443,12 @@ class RoundWork:
             package.manifest.adapter,
             profile,
             round_number=row.number,
-            counted_round=self._counted_round(row.number, assignment.device_id),
+            counted_round=counted_round,
         )
         _check_operations(plan, profile)
         expected = expected_update(
             plan, assignment, package.manifest.adapter, classes=len(self.config.labels)
         )
-        adapter = self._broadcast(state, assignment)
         name = identifier(self._run_id, row.number, row.attempt, assignment.device_id)
         return TaskRow(
             id=name,
@@ -439,8 +461,9 @@ class RoundWork:
             plan=plan_to_message(plan).SerializeToString(deterministic=True),
             package_digest=package.ref.digest,
             package_size=package.ref.size,
-            adapter_digest=adapter.digest,
-            adapter_size=adapter.size,
+            adapter_digest=version.adapter.digest,
+            adapter_size=version.adapter.size,
+            change=change_to_json(version.change),
             assignment=assignment_to_json(assignment),
             expected=expected_to_json(expected),
             max_update_bytes=largest_update_bytes(expected),
@@ -459,12 +482,14 @@ class RoundWork:
             kernels=choice.kernels,
         )
 
-    def _broadcast(self, state: State, assignment: Assignment) -> BlobRef:
-        """The adapter a device starts from; one blob for all devices with equal tensors."""
-        tensors = self.parts.method.broadcast(state, self._space, assignment)
-        return self._blobs.put(pack(Bundle({name: raw(t) for name, t in tensors.items()})))
+    def _version(
+        self, state: State, assignment: Assignment, held: str | None, number: int
+    ) -> Version:
+        """The adapter a device starts from, that of round ``number`` being the state."""
+        exact = self.parts.method.broadcast(state, self._space, assignment)
+        return self._downlink.version(exact, held, round_number=number)
 
-    def _contributions(self, updates: Sequence[UpdateRow]) -> Iterator[Contribution]:
+    def _contributions(self, state: State, updates: Sequence[UpdateRow]) -> Iterator[Contribution]:
         for update in updates:
             task = self._store.task(update.task_id)
             if task is None:
@@ -474,23 +499,33 @@ class RoundWork:
                 expected_from_json(task.expected),
                 max_norm=math.inf,
             )
-            if content.changes:
+            assignment = assignment_from_json(task.assignment)
+            if content.changes or not self._downlink.is_exact:
                 received = read_adapter(self._blobs.read_whole(task.adapter_digest))
                 content = with_received(content, received)
+            if not self._downlink.is_exact:
+                exact = self.parts.method.broadcast(state, self._space, assignment)
+                content = as_from_exact(content, received, exact)
             yield Contribution(
                 device_id=update.device_id,
-                assignment=assignment_from_json(task.assignment),
+                assignment=assignment,
                 tensors=content.tensors,
                 scalars=content.scalars,
                 examples=update.examples,
             )
 
-    def _counted_round(self, number: int, device_id: str) -> int | None:
-        """Last round before ``number`` whose update from the device was counted, if of late."""
+    def _counted(self, number: int, device_id: str) -> tuple[int, str] | None:
+        """The device's last counted update before round ``number``, if of late.
+
+        Returns:
+            Its round, and the digest of the adapter that it started from, which the device holds.
+        """
         for earlier in range(number - 1, max(-1, number - _REMEMBERED_ROUNDS), -1):
-            updates = self._store.updates(self._run_id, earlier)
-            if any(update.device_id == device_id for update in updates):
-                return earlier
+            for update in self._store.updates(self._run_id, earlier):
+                if update.device_id != device_id:
+                    continue
+                task = self._store.task(update.task_id)
+                return earlier, "" if task is None else task.adapter_digest
         return None
 
     def _last_tasks(self) -> dict[str, TaskRow]:

@@ -323,6 +323,38 @@ class BlobRef(_message.Message):
 Global___BlobRef: _TypeAlias = BlobRef  # noqa: Y015
 
 @_typing.final
+class AdapterChange(_message.Message):
+    """An adapter as a change against one that the device may hold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_FIELD_NUMBER: _builtins.int
+    BLOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def base(self) -> Global___BlobRef:
+        """The adapter that the change is against, as the device received it in an earlier task."""
+
+    @_builtins.property
+    def blob(self) -> Global___BlobRef:
+        """The change: a serialised TensorBundle with a wire header. Added to the base it gives the
+        task's adapter to the bit; a device that finds anything else downloads the adapter whole.
+        """
+
+    def __init__(
+        self,
+        *,
+        base: Global___BlobRef | None = ...,
+        blob: Global___BlobRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "blob", b"blob"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "blob", b"blob"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterChange: _TypeAlias = AdapterChange  # noqa: Y015
+
+@_typing.final
 class Task(_message.Message):
     """What one device is asked to do in one round."""
 
@@ -338,6 +370,7 @@ class Task(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     UPDATE_ID_FIELD_NUMBER: _builtins.int
     PACKAGE_SIGNATURE_FIELD_NUMBER: _builtins.int
+    CHANGE_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """Names the task in later calls; unique on the server."""
     run_id: _builtins.str
@@ -364,6 +397,12 @@ class Task(_message.Message):
     def adapter(self) -> Global___BlobRef:
         """Adapter to start from: a serialised TensorBundle."""
 
+    @_builtins.property
+    def change(self) -> Global___AdapterChange:
+        """The same adapter in fewer bytes, for a device that still holds an earlier one; absent where
+        there is none.
+        """
+
     def __init__(
         self,
         *,
@@ -377,10 +416,11 @@ class Task(_message.Message):
         kind: _builtins.str = ...,
         update_id: _builtins.str = ...,
         package_signature: _builtins.bytes = ...,
+        change: Global___AdapterChange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "package", b"package", "plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "change", b"change", "package", b"package", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "kind", b"kind", "lease_seconds", b"lease_seconds", "package", b"package", "package_signature", b"package_signature", "plan", b"plan", "round", b"round", "run_id", b"run_id", "task_id", b"task_id", "update_id", b"update_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "change", b"change", "kind", b"kind", "lease_seconds", b"lease_seconds", "package", b"package", "package_signature", b"package_signature", "plan", b"plan", "round", b"round", "run_id", b"run_id", "task_id", b"task_id", "update_id", b"update_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

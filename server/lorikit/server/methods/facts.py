@@ -71,6 +71,10 @@ class MethodFacts:
     """Roles that the model's adapter tensors must have beside LoRA and head."""
     start: Literal["random", "principal"] = "random"
     """Start values of LoRA: A random and B zero, or the principal part of the frozen weight."""
+    keeps_coordinates: bool = True
+    """Whether an element of a tensor means the same from round to round on a device, so that what
+    an update left out may be added to a later one. Not so where the adapter is factored anew, or
+    where a device gets other ranks each round."""
 
     def roles(self) -> tuple[str, ...]:
         """Every role that the method trains or reads, sorted."""

@@ -73,6 +73,7 @@ class FlexLoRA(RankPerDevice[FlexLoRAConfig]):
         download="sum_m r_k (d_in + d_out) + h",
         source="https://arxiv.org/abs/2402.11505",
         accepts=("ranks",),
+        keeps_coordinates=False,
     )
 
     def __init__(self, config: FlexLoRAConfig | None = None) -> None:

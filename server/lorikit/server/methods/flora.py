@@ -78,6 +78,7 @@ class FLoRA(RankPerDevice[FLoRAConfig]):
         source="https://arxiv.org/abs/2409.05976",
         accepts=("ranks",),
         needs=DELTA_ROLES,
+        keeps_coordinates=False,
     )
 
     def __init__(self, config: FLoRAConfig | None = None) -> None:

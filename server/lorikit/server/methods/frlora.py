@@ -83,6 +83,7 @@ class FRLoRA(SameWork[FRLoRAConfig]):
         source="https://openreview.net/forum?id=e0rQRMUhs7",
         needs=DELTA_ROLES,
         start="principal",
+        keeps_coordinates=False,
     )
 
     def __init__(self, config: FRLoRAConfig | None = None) -> None:

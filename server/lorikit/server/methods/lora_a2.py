@@ -99,6 +99,7 @@ class LoRAA2(RankPerDevice[LoRAA2Config]):
         accepts=("ranks",),
         sent_roles=(("lora_B", "head"), ("lora_A", "head")),
         needs=DELTA_ROLES,
+        keeps_coordinates=False,
     )
 
     def __init__(self, config: LoRAA2Config | None = None) -> None:

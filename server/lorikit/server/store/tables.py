@@ -15,7 +15,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_co
 
 from lorikit.server.states import RoundState, RunState, TaskState
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the tables below; ``migrations`` leads to it from every earlier one."""
 
 _State = TypeVar("_State", bound=StrEnum)
@@ -139,6 +139,8 @@ class TaskRow(Table):
     max_update_bytes: Mapped[int]
     facts: Mapped[str]
     """Precision, rank, layers and the rest of what reports show."""
+    change: Mapped[str] = mapped_column(default="")
+    """The adapter as a change against one that the device holds, as JSON; empty for none."""
     created: Mapped[float] = mapped_column(default=0.0)
     state: Mapped[TaskState] = mapped_column(_state(TaskState), default=TaskState.OPEN)
     error: Mapped[str] = mapped_column(default="")
