@@ -58,6 +58,13 @@ FEDERATED = (
 """Schemes that whole federations are run by, unless others are asked for."""
 
 
+def both_ways(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that send adapters to the devices by the codec that updates travel by."""
+    options = dict(settings.get("codec_options", {}))
+    options.pop("error_feedback", None)
+    return {**settings, "downlink_codec": settings["codec"], "downlink_options": options}
+
+
 def budgeted(settings: dict[str, Any], values: int) -> dict[str, Any]:
     """Settings whose budget is in bytes, for an adapter of so many values."""
     options = dict(settings.get("codec_options", {}))
@@ -300,7 +307,7 @@ def federated(options: argparse.Namespace, note: Callable[[list[dict[str, Any]]]
         seeds=options.seeds,
         folder=options.folder,
         done=done,
-        budgeted=budgeted,
+        budgeted=lambda settings, values: both_ways(budgeted(settings, values)),
     ):
         rows.append(row)
         note(rows)

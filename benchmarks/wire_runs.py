@@ -3,7 +3,8 @@
 
 Three devices fine-tune the last two layers of all-MiniLM-L6-v2 (LoRA rank 8 on query and value, and
 the head) by FedIT from one head start per data set and seed, so that the schemes differ in the
-wire alone. ``federation`` carries the rounds out.
+wire alone. A scheme holds both ways: for updates, and for adapters as changes against what a device
+holds. ``federation`` carries the rounds out.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ from lorikit.sdk._data import Row
 from lorikit.server.config import RunConfig
 
 DEVICES = 3
-ROUNDS = 8
-STEPS = 2
+TRAIN_ROWS = 3000
+"""Of all devices together."""
+ROUNDS = 12
+STEPS = 4
 BATCH = 16
 MICRO_BATCH = 16
 DEPTH = 2
 RANK = 8
 LENGTH = 16
-LEARNING_RATE = 5e-3
-TEST_ROWS = 600
+LEARNING_RATE = 3e-3
+TEST_ROWS = 1000
 HEAD_START_ROWS = 300
 
 
@@ -101,7 +104,9 @@ class Bench:
 
     def members(self, seed: int) -> list[Member]:
         """The devices."""
-        parts = split_rows(self.data.train, devices=DEVICES, by=self.data.group, seed=seed)
+        order = np.random.default_rng(seed).permutation(len(self.data.train))[:TRAIN_ROWS]
+        rows = [self.data.train[index] for index in order]
+        parts = split_rows(rows, devices=DEVICES, by=self.data.group, seed=seed)
         return [
             Member(name=f"device-{number}", rows=rows, micro_batch=MICRO_BATCH)
             for number, rows in enumerate(parts)
@@ -126,7 +131,7 @@ class Bench:
             "batch_size": BATCH,
             "max_length": LENGTH,
             "max_rank": RANK,
-            "optimizer": OptimizerConfig(learning_rate=LEARNING_RATE),
+            "optimizer": OptimizerConfig(learning_rate=LEARNING_RATE, schedule="linear"),
             "seed": seed,
         }
         return RunConfig(**{**settings, **changes})
