@@ -30,7 +30,7 @@ from lorikit.sdk._data import Row
 from lorikit.server.config import RunConfig
 
 DEVICES = 3
-TRAIN_ROWS = 3000
+TRAIN_ROWS = 9000
 """Of all devices together."""
 ROUNDS = 12
 STEPS = 4
@@ -39,7 +39,7 @@ MICRO_BATCH = 16
 DEPTH = 2
 RANK = 8
 LENGTH = 16
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 6e-3
 TEST_ROWS = 1000
 HEAD_START_ROWS = 300
 

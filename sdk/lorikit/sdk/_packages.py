@@ -188,23 +188,27 @@ class Packages:
             cancelled: Asked between chunks.
         """
         if change is not None and not self._blobs.has(adapter) and self._blobs.has(change.base):
-            self.fetch(change.blob, cancelled=cancelled)
-            data = self._rebuilt(adapter, change, names)
+            data = self._rebuilt(adapter, change, names, cancelled)
             if data is not None:
                 self._blobs.fill(adapter, lambda held: [data[held:]], on_bytes=lambda _: None)
                 return
         self.fetch(adapter, cancelled=cancelled)
 
     def _rebuilt(
-        self, adapter: BlobRef, change: AdapterChange, names: Iterable[str]
+        self,
+        adapter: BlobRef,
+        change: AdapterChange,
+        names: Iterable[str],
+        cancelled: Callable[[], bool],
     ) -> bytes | None:
         """The adapter's bytes; None, with a warning, where they are not what they should be."""
         try:
+            self.fetch(change.blob, cancelled=cancelled)
             base = _decoded(self._blobs.read(change.base))
             bundle = unpack(self._blobs.read(change.blob), max_bytes=adapter.size)
             bundle = expanded(bundle, max_bytes=adapter.size)
             tensors = changes.rebuilt(base, bundle, names, max_bytes=adapter.size)
-        except (MalformedTensorError, QuantizationError) as error:
+        except (MalformedTensorError, PackageError, QuantizationError) as error:
             logger.warning("change of the adapter cannot be used, it is fetched whole: %s", error)
             return None
         data = pack(Bundle({name: raw(values) for name, values in tensors.items()}))
