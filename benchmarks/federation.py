@@ -279,7 +279,7 @@ class Federation:
 
     def _trained(self, row: TaskRow, device: LocalDevice) -> tuple[Traffic, float]:
         """One device's task: its message, the training, and the update's receipt."""
-        answer = messages.NextTaskResponse(task=_task(Offer(row, 60.0)))
+        answer = messages.NextTaskResponse(task=_task(Offer(row, 60.0), lambda _: b""))
         task = _offer(answer)
         assert isinstance(task, DeviceTask), task
         device.transport.start()

@@ -24,11 +24,14 @@ CREATE TABLE runs (
 CREATE TABLE devices (
     id VARCHAR NOT NULL, installation_id VARCHAR NOT NULL, token_hash VARCHAR NOT NULL,
     profile VARCHAR NOT NULL, enrolled FLOAT NOT NULL, PRIMARY KEY (id), UNIQUE (installation_id));
+CREATE TABLE tasks (
+    id VARCHAR NOT NULL, run_id VARCHAR NOT NULL, adapter_digest VARCHAR NOT NULL,
+    PRIMARY KEY (id));
 INSERT INTO meta VALUES ('schema_version', '1');
 INSERT INTO runs VALUES ('r', 'demo', '{}', 1.0, 'running', '', '', NULL, NULL);
 INSERT INTO devices VALUES ('d1', 'installation of d1', 'h', '{}', 1.0);
 """
-"""Part of what Lorikit 0.1.0 wrote: the tables that this test looks at."""
+"""Part of what Lorikit 0.1.0 wrote: the tables that this test looks at, or that a step changes."""
 
 
 @pytest.fixture

@@ -12,6 +12,4 @@ down_revision = "0002"
 
 def upgrade() -> None:
     """Add the column; earlier tasks have no change."""
-    op.add_column(
-        "tasks", sa.Column("change", sa.String(), nullable=False, server_default="")
-    )
+    op.add_column("tasks", sa.Column("change", sa.String(), nullable=False, server_default=""))
