@@ -108,8 +108,17 @@ class CompiledParts:
         return CompiledPackage(load(self._blobs.read(blob.digest)), blob)
 
 
-def leave_parts(folder: Path, compiler, config: RunConfig) -> None:
-    """Write what ``CompiledParts`` reads; the compiler's blobs lie in ``folder / "blobs"``."""
+def leave_parts(
+    folder: Path, compiler, config: RunConfig, *, initial: Tensors | None = None
+) -> None:
+    """Write what ``CompiledParts`` reads; the compiler's blobs lie in ``folder / "blobs"``.
+
+    Args:
+        folder: Where to write.
+        compiler: Of the run's model.
+        config: Settings of the run.
+        initial: Start values; None for the compiler's.
+    """
     lowest = {"train": (PRECISION, 0), "predict": ("fp32", compiler.layer_count)}
     refs = {
         name: compiler.package(precision=precision, lowest_trained_layer=layer).ref
@@ -117,7 +126,7 @@ def leave_parts(folder: Path, compiler, config: RunConfig) -> None:
     }
     plain = {name: {"digest": ref.digest, "size": ref.size} for name, ref in refs.items()}
     (folder / "packages.json").write_text(json.dumps(plain))
-    tensors = compiler.initial(config.max_rank, config.seed)
+    tensors = initial or compiler.initial(config.max_rank, config.seed)
     bundle = Bundle({n: raw(t) for n, t in tensors.items()}, {"max_rank": config.max_rank})
     (folder / "initial.bundle").write_bytes(pack(bundle))
 

@@ -40,7 +40,7 @@ from lorikit.server.failpoints import Failpoint
 from lorikit.server.gate import Gate
 from lorikit.server.identity.setup import open_identity, server_credentials
 from lorikit.server.learning import LearntMemory
-from lorikit.server.methods import build_method
+from lorikit.server.methods import FACTS, base_delta_rank, build_method
 from lorikit.server.methods.base import Method
 from lorikit.server.methods.head_start import HeadStart, HeadStartConfig
 from lorikit.server.methods.server_optimizer import ServerOptimizer, ServerOptimizerConfig
@@ -469,6 +469,7 @@ def check_run(config: RunConfig) -> None:
                 "on the server"
             )
         make_method(config)
+        FACTS[config.method].check_kind(config.adapter)
         wire_scheme(config)
         downlink_scheme(config)
         if config.evaluation_data is not None:
@@ -518,6 +519,12 @@ def open_run_parts(config: RunConfig, blobs: FolderBlobs) -> RunParts:
             targets=config.targets,
             size=config.adapter_size,
             dropout=config.lora_dropout,
+            delta_rank=base_delta_rank(
+                config.method, config.method_options, max_rank=config.max_rank
+            ),
+            principal_scale=config.lora_scale
+            if FACTS[config.method].start == "principal"
+            else None,
         ),
         blobs=blobs,
         progress=lambda sentence: logger.info("run=%s %s", config.name, sentence),

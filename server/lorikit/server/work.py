@@ -32,6 +32,7 @@ from lorikit.server.downlink import (
     shared_bases,
 )
 from lorikit.server.errors import LorikitError
+from lorikit.server.evaluation import accuracy_and_loss, evaluation_rows
 from lorikit.server.learning import Observation
 from lorikit.server.methods.base import (
     AdapterSpace,
@@ -53,9 +54,9 @@ from lorikit.server.plans import (
     expected_update,
     identifier,
     largest_update_bytes,
-    missing_operations,
     seed_of,
 )
+from lorikit.server.refusals import check_operations, instead
 from lorikit.server.store.blobs import FolderBlobs
 from lorikit.server.store.sql import SqlStore
 from lorikit.server.store.tables import DeviceRow, RoundRow, TaskRow, UpdateRow
@@ -260,7 +261,10 @@ class RoundWork:
                     self._task(row, assignment, version, None if last is None else last[0])
                 )
             except DoesNotFitError as error:
-                self._refuse(assignment.device_id, error)
+                device = next(d for d in cohort if d.device_id == assignment.device_id)
+                self._refuse(
+                    device.device_id, instead(error, self.config.method, device, assignment)
+                )
         return tasks
 
     def aggregate(self, number: int) -> str:
@@ -329,14 +333,14 @@ class RoundWork:
         """Accuracy and mean loss of the adapter after the round, and the number of rows."""
         if self.parts.evaluation is None:
             raise LorikitError("run has no evaluation_data")
-        texts, labels = _subset(self.parts.evaluation, self.config)
+        texts, labels = evaluation_rows(self.parts.evaluation, self.config)
         adapter = self.parts.method.global_adapter(self.state_before(number + 1), self._space)
         source, scale, length = self.parts.source, self.config.lora_scale, self.config.max_length
         if self.config.task_kind == "causal-language-modeling":
             losses = source.token_losses(adapter, texts, lora_scale=scale, max_length=length)
             return losses.metrics(), len(texts)
         logits = source.logits(adapter, texts, lora_scale=scale, max_length=length)
-        return _measure(logits, labels), len(labels)
+        return accuracy_and_loss(logits, labels), len(labels)
 
     def hand_out(self, rounds: int) -> None:
         """Give every member its part of the final adapter and a package to use it with."""
@@ -445,7 +449,7 @@ class RoundWork:
             round_number=row.number,
             counted_round=counted_round,
         )
-        _check_operations(plan, profile)
+        check_operations(plan, profile)
         expected = expected_update(
             plan, assignment, package.manifest.adapter, classes=len(self.config.labels)
         )
@@ -584,15 +588,6 @@ def profile_from_json(text: str) -> Profile:
     return Profile(**fields)
 
 
-def _check_operations(plan: Plan, profile: Profile) -> None:
-    if missing := missing_operations(plan, profile):
-        raise DoesNotFitError(
-            f"The SDK ({profile.sdk_version or 'unknown version'}) cannot carry out "
-            f"{', '.join(missing)}, which method {plan.method} needs.",
-            "Update the SDK in the app.",
-        )
-
-
 def _facts(plan: Plan, choice: Choice) -> str:
     facts = plan.facts
     return json.dumps(
@@ -610,26 +605,3 @@ def _facts(plan: Plan, choice: Choice) -> str:
         },
         sort_keys=True,
     )
-
-
-def _subset(data: EvaluationData, config: RunConfig) -> tuple[list[str], list[int]]:
-    """The rows to measure with, the same in every round."""
-    count = len(data.texts)
-    rows = list(range(count))
-    if 0 < config.evaluate_rows < count:
-        rng = np.random.default_rng(seed_of("evaluate", config.seed))
-        rows = sorted(rng.choice(count, size=config.evaluate_rows, replace=False).tolist())
-    return [data.texts[row] for row in rows], [data.labels[row] for row in rows]
-
-
-def _measure(logits: npt.NDArray[np.float32], labels: Sequence[int]) -> dict[str, float]:
-    """Accuracy and mean cross-entropy."""
-    scores = logits.astype(np.float64)
-    truth = np.asarray(labels)
-    shifted = scores - scores.max(axis=1, keepdims=True)
-    log_sums = np.log(np.exp(shifted).sum(axis=1))
-    losses = log_sums - shifted[np.arange(len(truth)), truth]
-    return {
-        "accuracy": float((scores.argmax(axis=1) == truth).mean()),
-        "loss": float(losses.mean()),
-    }

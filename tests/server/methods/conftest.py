@@ -60,11 +60,15 @@ def _tensor(
 
 
 def make_initial(space: AdapterSpace, *, principal: bool = False) -> Tensors:
-    """Start values; B and base deltas are 0, or B is not, as for principal parts of a weight."""
+    """Start values as a compiler makes them: base deltas are 0, of rank 1.
+
+    B is 0, too, or not, as for principal parts of a weight.
+    """
     rng = np.random.default_rng(1)
     out: Tensors = {}
     for tensor in space.tensors:
-        shape = [space.max_rank if length == "rank" else int(length) for length in tensor.shape]
+        rank = 1 if tensor.role in DELTA_ROLES else space.max_rank
+        shape = [rank if length == "rank" else int(length) for length in tensor.shape]
         values = rng.normal(size=shape)
         is_zero = tensor.role in DELTA_ROLES or (tensor.role == "lora_B" and not principal)
         out[tensor.name] = (0 * values if is_zero else values).astype(np.float32)

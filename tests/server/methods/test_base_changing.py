@@ -16,7 +16,8 @@ from lorikit.server.methods.base import AdapterSpace, Contribution, Method, Part
 from lorikit.server.methods.base_delta import delta_tensors, with_deltas
 from lorikit.server.methods.fedex_lora import FedExLoRA, FedExLoRAConfig
 from lorikit.server.methods.flora import FLoRA, FLoRAConfig
-from lorikit.server.methods.frlora import FRLoRA, FRLoRAConfig, principal_start
+from lorikit.server.methods.frlora import FRLoRA, FRLoRAConfig
+from lorikit.server.methods.principal import principal_start
 
 Devices = Callable[..., Participant]
 Trainer = Callable[..., Contribution]

@@ -17,6 +17,7 @@ import onnxruntime
 from lorikit.proto.manifest import BlobRef, Manifest, Task, dump
 from lorikit.proto.manifest import Graph as GraphRow
 from lorikit.proto.tensors import Float32, Tensors
+from lorikit.server.compile.base_deltas import add_base_deltas
 from lorikit.server.compile.decoding import (
     cache_shape,
     can_decode,
@@ -54,6 +55,8 @@ from lorikit.server.compile.verify import (
 from lorikit.server.compile.weights import Base, KernelReport, frozen_weights, store_base
 from lorikit.server.errors import UnsupportedModelError, VerificationError
 from lorikit.server.methods.base import AdapterSpace
+from lorikit.server.methods.base_delta import DELTA_RANK, largest_delta_ranks, no_deltas
+from lorikit.server.methods.principal import principal_start
 from lorikit.server.planner.memory import Footprint, footprint
 from lorikit.server.planner.step import StepShape
 from lorikit.server.store.blobs import FolderBlobs
@@ -115,7 +118,7 @@ class Compiler:
         self.targets = self.adapter.targets
         self.architecture = self._model.architecture.class_name
         self._say("exporting the forward graph")
-        self._forward = export_forward(self._model)
+        self._forward = self._with_deltas(export_forward(self._model))
         self._frozen, self._tables = frozen_weights(
             self._forward, {name for name, _ in self._model.module.named_parameters()}
         )
@@ -131,16 +134,20 @@ class Compiler:
     def space(self, max_rank: int) -> AdapterSpace:
         """The adapter tensors of the full model."""
         return AdapterSpace(
-            tensors=self._model.adapter, layer_count=self.layer_count, max_rank=max_rank
+            tensors=self._model.tensors, layer_count=self.layer_count, max_rank=max_rank
         )
 
     def initial(self, max_rank: int, seed: int) -> Tensors:
         """Start values: A Kaiming-uniform as in PEFT, B zero, others as the model has them.
 
+        With ``AdapterConfig.principal_scale`` A and B are the principal part of the frozen weight.
+        Base deltas start at zero.
+
         Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1, with PEFT's
         initialisation of A, uniform in +-1 / sqrt(d_in).
         """
         rng = np.random.default_rng(seed)
+        space = self.space(max_rank)
         values: Tensors = {}
         for tensor in self._model.adapter:
             shape = tuple(max_rank if n == "rank" else int(n) for n in tensor.shape)
@@ -151,6 +158,12 @@ class Compiler:
                 values[tensor.name] = np.zeros(shape, np.float32)
             else:
                 values[tensor.name] = self._initial[tensor.name].copy()
+        if self._model.deltas:
+            values |= no_deltas(space, values)
+        if self.adapter.principal_scale is not None:
+            values |= principal_start(
+                space, self._adapted_weights(), scale=self.adapter.principal_scale
+            )
         return values
 
     def package(
@@ -204,7 +217,12 @@ class Compiler:
             kernels=step.kernels,
         )
         memory = self._memory_of(variant)
-        sizes = {"batch": step.micro_batch, "length": step.length, "rank": step.rank}
+        sizes = {
+            "batch": step.micro_batch,
+            "length": step.length,
+            "rank": step.rank,
+            DELTA_RANK: max(self._delta_ranks().values(), default=0),
+        }
         return footprint(
             baseline_bytes=baseline_bytes,
             node_count=memory.node_count,
@@ -218,9 +236,10 @@ class Compiler:
 
     def adapter_elements(self, variant: Variant, rank: int, *, trained: bool = False) -> int:
         """Numbers in a variant's adapter at a rank, or in the part of it that trains."""
-        tensors = adapter_of(self._model.adapter, variant, self.layer_count)
+        tensors = adapter_of(self._model.tensors, variant, self.layer_count)
+        ranks = self._delta_ranks()
         return sum(
-            int(np.prod([rank if n == "rank" else int(n) for n in t.shape]))
+            int(np.prod([ranks.get(t.module, rank) if n == "rank" else int(n) for n in t.shape]))
             for t in tensors
             if t.trained or not trained
         )
@@ -321,6 +340,23 @@ class Compiler:
             kernels=kernels,
         )
 
+    def _with_deltas(self, graph: Graph) -> Graph:
+        """A forward graph with what the model offers beside its base."""
+        if self._model.deltas:
+            add_base_deltas(graph, self._model.adapter)
+        return graph
+
+    def _delta_ranks(self) -> dict[str, int]:
+        """Largest rank of each base delta by its module; empty without any."""
+        if self.adapter.delta_rank is None:
+            return {}
+        return largest_delta_ranks(self._model.deltas, self.adapter.delta_rank)
+
+    def _adapted_weights(self) -> Tensors:
+        """Frozen weight by LoRA module, [d_out, d_in], as the model folder has it."""
+        modules = {t.module for t in self._model.adapter if t.role == "lora_A"}
+        return {m: self._model.base_weight(m).detach().numpy() for m in modules}
+
     def _base(self, precision: str) -> Base:
         if precision not in self._bases:
             self._say(f"converting the base to {precision}")
@@ -334,7 +370,7 @@ class Compiler:
         return self._bases[precision]
 
     def _train_graph(self, variant: Variant) -> Graph:
-        adapter = adapter_of(self._model.adapter, variant, self.layer_count)
+        adapter = adapter_of(self._model.tensors, variant, self.layer_count)
         trained = [tensor.name for tensor in adapter if tensor.trained]
         return training_graph(self._forward, self._model, variant, trained)
 
@@ -356,7 +392,7 @@ class Compiler:
             f"trained from {variant.lowest_trained_layer}"
         )
         base = self._base(variant.precision)
-        adapter = adapter_of(self._model.adapter, variant, self.layer_count)
+        adapter = adapter_of(self._model.tensors, variant, self.layer_count)
         trained = [tensor.name for tensor in adapter if tensor.trained]
         if not trained:
             raise UnsupportedModelError(
@@ -431,7 +467,7 @@ class Compiler:
         """The graph that continues texts, exported when first wanted."""
         if self._decoder is None:
             self._say("exporting the decoding graph")
-            self._decoder = export_decoding(self._model)
+            self._decoder = self._with_deltas(export_decoding(self._model))
         return self._decoder
 
     def _verified(self, graph: Graph, check: Callable[[Path], float]) -> tuple[BlobRef, float]:

@@ -39,6 +39,14 @@ class AdapterConfig:
     """Tokens of a soft prompt, or width of a bottleneck."""
     dropout: float = 0.0
     """Probability that an input of a LoRA factor A is dropped while training; ``lora`` only."""
+    delta_rank: int | None = None
+    """None: packages change nothing beside LoRA. Else they offer base deltas, of any rank, and
+    memory is reckoned for this one, 0 for as large as the modules can have; ``lora`` only."""
+    principal_scale: float | None = None
+    """None: LoRA starts with A random and B zero. Else with the principal part of each frozen
+    weight, ``s B A`` its best approximation at this scale s; ``lora`` only.
+
+    Source: Meng et al. 2024, https://arxiv.org/abs/2404.02948, section 3."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -54,6 +62,11 @@ class AdapterConfig:
         if self.dropout and self.kind != "lora":
             raise UnsupportedModelError(
                 f"adapter kind {self.kind!r} has no dropout; set it to 0 or use lora"
+            )
+        if self.kind != "lora" and (self.delta_rank, self.principal_scale) != (None, None):
+            raise UnsupportedModelError(
+                f"adapter kind {self.kind!r} has no base deltas and no principal start; use lora, "
+                "or a method that changes no base, such as fedit"
             )
 
     def on(self, architecture: Architecture) -> AdapterConfig:

@@ -25,6 +25,7 @@ from onnx import helper
 
 from lorikit.server.compile.arena import Event, touched_bytes
 from lorikit.server.compile.graph import Graph, Node, Shape
+from lorikit.server.methods.base_delta import DELTA_RANK
 
 VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"})
 """Operators whose result shares the bytes of their first input."""
@@ -347,6 +348,8 @@ def _length(symbol: str, sizes: Mapping[str, int]) -> int:
         return min(int(minimum.group(1)), sizes[minimum.group(2)])
     if symbol.startswith("rank"):
         return sizes["rank"]
+    if symbol.startswith(DELTA_RANK):
+        return sizes[DELTA_RANK]
     if "+" in symbol or "*" in symbol:
         terms = (term.split("*") for term in symbol.split("+"))
         return sum(math.prod(_factor(part.strip(), sizes) for part in term) for term in terms)

@@ -25,6 +25,7 @@ from lorikit.server.compile.architectures import (
     architecture_of,
     kind_of,
 )
+from lorikit.server.compile.base_deltas import deltas_of
 from lorikit.server.compile.dropout import dropout_mask
 from lorikit.server.compile.insertion import PROMPT, AdapterConfig, insert_adapter
 from lorikit.server.errors import UnsupportedModelError
@@ -44,6 +45,13 @@ class Model:
     """Adapter tensor name -> parameter name in ``module``."""
     dropout: float = 0.0
     """Probability that an input of a LoRA factor A is dropped while training."""
+    deltas: tuple[AdapterTensor, ...] = ()
+    """Base deltas that the graphs offer; torch has them in its frozen weights."""
+
+    @property
+    def tensors(self) -> tuple[AdapterTensor, ...]:
+        """Everything that travels as the adapter."""
+        return (*self.adapter, *self.deltas)
 
     @property
     def config(self) -> Any:  # noqa: ANN401  # differs by architecture
@@ -108,6 +116,10 @@ class Model:
     def lora_layers(self) -> list[torch.nn.Module]:
         """Modules that PEFT put in place of a linear layer."""
         return [m for m in self.module.modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")]
+
+    def base_weight(self, module: str) -> torch.nn.Parameter:
+        """The frozen weight that a LoRA module stands beside, [d_out, d_in]."""
+        return self.module.get_parameter(f"{module}.base_layer.weight")
 
     def lora_inputs(self) -> dict[str, torch.nn.Module]:
         """The module whose input dropout acts on, by name of its tensor A."""
@@ -205,7 +217,8 @@ def load_model(folder: Path, task: Task, adapter: AdapterConfig, *, seed: int = 
             module, architecture, adapter.on(architecture), trains_head=kind.trains_head
         )
     module.eval()
-    return Model(module, architecture, kind, task, tensors, parameters, adapter.dropout)
+    deltas = () if adapter.delta_rank is None else deltas_of(tensors)
+    return Model(module, architecture, kind, task, tensors, parameters, adapter.dropout, deltas)
 
 
 def _attention(config: object) -> dict[str, str]:

@@ -68,7 +68,7 @@ def adapter_of(
             module=t.module,
             layer=t.layer,
             shape=t.shape,
-            trained=t.layer < 0 or t.layer >= lowest,
+            trained=t.trained and (t.layer < 0 or t.layer >= lowest),
         )
         for t in adapter
         if t.layer < 0 or t.layer in variant.kept_layers

@@ -24,6 +24,7 @@ from lorikit.server.compile import run_graph as run_graph_script
 from lorikit.server.compile.models import Model
 from lorikit.server.compile.weights import Base
 from lorikit.server.errors import VerificationError
+from lorikit.server.methods.base_delta import DELTA_SUFFIX
 
 TOLERANCE = 1e-4
 """Largest relative error, Frobenius norm of the difference over that of torch's."""
@@ -32,7 +33,7 @@ RESOLUTION = 1e-5
 """Gradients smaller than this share of the largest one are compared at its scale: float32 sums
 cannot resolve them, in torch no more than here."""
 
-RANK, SCALE = 3, 2.0
+RANK, DELTA_RANK, SCALE = 3, 2, 2.0
 
 DROPOUT_SEED = 0
 """What devices feed where a probe names no seed."""
@@ -79,7 +80,7 @@ def make_probe(
     wanted = [model.adapter_parameter(name) for name in trained]
     dropping = model.lora_inputs()
     try:
-        with _device_view(model, base, kept):
+        with _device_view(model, base, kept, adapter):
             arrays = {name: torch.from_numpy(array) for name, array in inputs.items()}
             with torch.no_grad():
                 logits, _ = model.forward(arrays)
@@ -133,6 +134,9 @@ def _probe_adapter(model: Model, rng: np.random.Generator) -> Tensors:
         start = model.adapter_parameter(tensor.name).detach().numpy()
         is_factor = tensor.role in ("lora_A", "lora_B")
         adapter[tensor.name] = noise if is_factor or tensor.role == "head" else start + noise
+    for tensor in model.deltas:
+        shape = tuple(DELTA_RANK if n == "rank" else int(n) for n in tensor.shape)
+        adapter[tensor.name] = rng.normal(0, 0.2, shape).astype(np.float32)
     return adapter
 
 
@@ -247,13 +251,19 @@ def worst_error(errors: Mapping[str, float]) -> float:
 
 
 @contextmanager
-def _device_view(model: Model, base: Base, kept: Sequence[int]) -> Iterator[None]:
-    """Give the torch module the base and the layers that the device will have."""
+def _device_view(model: Model, base: Base, kept: Sequence[int], adapter: Tensors) -> Iterator[None]:
+    """Give the torch module the base and the layers that the device will have.
+
+    Base deltas of the adapter are merged into the de-quantised weights.
+    """
     parameters = dict(model.module.named_parameters())
     before = {name: parameters[name].data for name in base.stored if name in parameters}
     try:
         for name in before:
             parameters[name].data = torch.from_numpy(base.decoded(name).copy())
+        for a, b in zip(model.deltas[::2], model.deltas[1::2], strict=True):
+            weight = model.base_weight(a.module.removesuffix(DELTA_SUFFIX))
+            weight.data += torch.from_numpy(adapter[b.name] @ adapter[a.name])
         with model.with_layers(kept):
             yield
     finally:

@@ -38,6 +38,7 @@ __all__ = [
     "HeadStartConfig",
     "ServerOptimizer",
     "ServerOptimizerConfig",
+    "base_delta_rank",
     "build_method",
     "pack_state",
     "unpack_state",
@@ -139,6 +140,23 @@ def build_method(
         raise ValueError(f"options of {name}: {error}") from error
     method: Method = METHODS[name](config)  # type: ignore[call-arg]  # every one takes its config
     return method
+
+
+def base_delta_rank(
+    name: str, options: Mapping[str, object] | None = None, *, max_rank: int
+) -> int | None:
+    """Largest rank of the base deltas that a method sends; 0 for no limit, None for no deltas.
+
+    Args:
+        name: A name of ``METHODS``.
+        options: Fields of the method's configuration.
+        max_rank: Rank of the global adapter, which LoRA-A2's frozen ranks add up to at most.
+    """
+    if not FACTS[name].changes_base:
+        return None
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(CONFIGS[name])}
+    limit: int = {**defaults, **(options or {})}.get("delta_rank", max_rank)
+    return limit
 
 
 def _methods_with(options: Sequence[str]) -> str:

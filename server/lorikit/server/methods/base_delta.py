@@ -14,7 +14,7 @@ with the adapter to every device, also to one that was away, and are never sent 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,19 +28,31 @@ from lorikit.server.methods.base import AdapterSpace
 
 DELTA_ROLES = ("delta_A", "delta_B")
 
+DELTA_SUFFIX = ".base_delta"
+"""What follows a LoRA module's name in that of its change."""
+
+DELTA_RANK = "delta_rank"
+"""Symbol of a change's rank in graphs, which memory predictions put a number to."""
+
 Term = tuple[float, Float32 | Float64, Float32 | Float64]
 """Factor, left [d_out, any] and right [any, d_in] of one change."""
 
 
-def check_delta_rank(delta_rank: int) -> None:
-    """Nothing for a limit that can be kept; ``ValueError`` for a negative one."""
+def check_deltas(delta_rank: int, scale: float) -> None:
+    """Nothing for options that a method which folds into the base can work with.
+
+    Raises:
+        ValueError: A negative limit on the rank, or a LoRA scale of 0, at which nothing is learned.
+    """
     if delta_rank < 0:
         raise ValueError(f"delta_rank must be at least 0 (0 for no limit), got {delta_rank}")
+    if scale == 0:
+        raise ValueError("scale must not be 0")
 
 
 def delta_tensors(a: AdapterTensor, b: AdapterTensor) -> tuple[AdapterTensor, AdapterTensor]:
     """The tensors that hold the change of a LoRA pair's module."""
-    module = f"{a.module}.base_delta"
+    module = f"{a.module}{DELTA_SUFFIX}"
     return (
         replace(a, name=f"{module}_A", role="delta_A", module=module, trained=False),
         replace(b, name=f"{module}_B", role="delta_B", module=module, trained=False),
@@ -53,6 +65,20 @@ def with_deltas(space: AdapterSpace) -> AdapterSpace:
         return space
     deltas = (tensor for a, b in space.pairs() for tensor in delta_tensors(a, b))
     return replace(space, tensors=(*space.tensors, *deltas))
+
+
+def largest_delta_ranks(deltas: Sequence[AdapterTensor], limit: int) -> dict[str, int]:
+    """Largest rank of each delta by its module, at most that of the weight it changes.
+
+    Args:
+        deltas: Tensors of the roles ``delta_A`` and ``delta_B``.
+        limit: Largest rank of any; 0 for no limit.
+    """
+    ranks: dict[str, int] = {}
+    for tensor in deltas:
+        width = next(int(length) for length in tensor.shape if length != "rank")
+        ranks[tensor.module] = min(ranks.get(tensor.module, limit or width), width)
+    return ranks
 
 
 def no_deltas(space: AdapterSpace, adapter: Tensors) -> Tensors:
@@ -92,20 +118,24 @@ def folded_deltas(
     return deltas, lost
 
 
-def merged_adapter(space: AdapterSpace, adapter: Tensors, rank: int, *, scale: float) -> Tensors:
+def merged_adapter(
+    space: AdapterSpace, adapter: Tensors, rank: int | None, *, scale: float
+) -> Tensors:
     """The adapter as plain LoRA, deltas merged into the pairs: what a PEFT folder can hold.
 
     Args:
         space: The model's adapter tensors.
         adapter: Every tensor of the space, deltas included.
         rank: Largest rank; the run's largest, or more, stands for the exact sum at whatever rank
-            it has.
+            it has. None leaves the deltas beside LoRA, as a package reads them.
         scale: LoRA scale s.
 
     Returns:
         LoRA pairs with ``s B A`` equal to the sum, or its best approximation of that rank, and
         everything else but the deltas.
     """
+    if rank is None:
+        return dict(adapter)
     out = {t.name: adapter[t.name] for t in space.tensors if t.role not in DELTA_ROLES}
     for a, b in space.pairs():
         delta_a, delta_b = delta_tensors(a, b)

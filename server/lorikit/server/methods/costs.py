@@ -11,7 +11,7 @@ import numpy as np
 
 from lorikit.server.methods import CONFIGS, FACTS, build_method
 from lorikit.server.methods.base import AdapterSpace, Participant, State
-from lorikit.server.methods.base_delta import DELTA_ROLES, with_deltas
+from lorikit.server.methods.base_delta import DELTA_ROLES, largest_delta_ranks, with_deltas
 from lorikit.server.methods.facts import Cost, MethodFacts
 
 
@@ -21,7 +21,7 @@ class ModelCost:
 
     rounds: tuple[Cost, ...]
     """Costs of the rounds that take turns; one for most methods. Base deltas count at their largest
-    rank, as if the package had them. Empty where it lacks anything else."""
+    rank; a run's packages have them where its method asks. Empty where anything is lacking."""
     lacks: tuple[str, ...] = ()
     """Roles that the package's adapter tensors do not have and the method needs."""
 
@@ -36,11 +36,11 @@ def model_costs(space: AdapterSpace) -> dict[str, ModelCost]:
 
 
 def _model_cost(name: str, facts: MethodFacts, space: AdapterSpace) -> ModelCost:
-    lacks = tuple(role for role in facts.roles() if not space.named(role))
-    if set(lacks) - set(DELTA_ROLES):
-        return ModelCost(rounds=(), lacks=lacks)
-    if lacks:
+    if facts.changes_base:
         space = with_deltas(space)
+    lacks = tuple(role for role in facts.roles() if not space.named(role))
+    if lacks:
+        return ModelCost(rounds=(), lacks=lacks)
     deltas = _delta_ranks(name, space)
     costs = []
     for number in range(len(facts.sent_roles)):
@@ -56,19 +56,13 @@ def _model_cost(name: str, facts: MethodFacts, space: AdapterSpace) -> ModelCost
                 round_number=number,
             )
         )
-    return ModelCost(rounds=tuple(costs), lacks=lacks)
+    return ModelCost(rounds=tuple(costs))
 
 
 def _delta_ranks(name: str, space: AdapterSpace) -> dict[str, int]:
     """Largest rank of each base delta; 1 where a method has no limit because it folds nothing."""
     defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(CONFIGS[name])}
-    limit: int = defaults.get("delta_rank", 1)
-    ranks: dict[str, int] = {}
-    for tensor in space.named(*DELTA_ROLES):
-        width = next(int(length) for length in tensor.shape if length != "rank")
-        most = min(ranks.get(tensor.module, width), width)
-        ranks[tensor.module] = min(most, limit) if limit else most
-    return ranks
+    return largest_delta_ranks(space.named(*DELTA_ROLES), defaults.get("delta_rank", 1))
 
 
 def _able(space: AdapterSpace) -> Participant:

@@ -17,6 +17,7 @@ from lorikit.server.methods.base import (
     Contribution,
     Participant,
 )
+from lorikit.server.methods.base_delta import DELTA_ROLES
 
 Difference = Literal["ranks", "depths", "layers"]
 """In what the devices of one round may differ: LoRA rank, number of trained layers from the output,
@@ -76,6 +77,11 @@ class MethodFacts:
     an update left out may be added to a later one. Not so where the adapter is factored anew, or
     where a device gets other ranks each round."""
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether devices read base deltas beside LoRA."""
+        return set(DELTA_ROLES) <= set(self.needs)
+
     def roles(self) -> tuple[str, ...]:
         """Every role that the method trains or reads, sorted."""
         return tuple(sorted({*self.needs, *(role for sent in self.sent_roles for role in sent)}))
@@ -115,6 +121,18 @@ class MethodFacts:
         up = (tensor for tensor in sent if is_in(tensor, trained))
         down = (tensor for tensor in space.tensors if is_in(tensor, kept))
         return Cost(up=_bytes_of(up, ranks), down=_bytes_of(down, ranks))
+
+    def check_kind(self, kind: str) -> None:
+        """Nothing, where an adapter of that kind can have what the method needs beside it.
+
+        Raises:
+            ValueError: It cannot; says what to use instead.
+        """
+        if self.changes_base and kind != "lora":
+            raise ValueError(
+                f"adapter: {self.title} changes the base beside LoRA, and {kind!r} has no LoRA "
+                "modules; set lora, or use fedit, which takes every kind"
+            )
 
     def check(self, space: AdapterSpace) -> None:
         """Nothing, where the model offers what the method needs.

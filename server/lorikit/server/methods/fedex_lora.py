@@ -13,10 +13,9 @@ from lorikit.server.methods.base import AdapterSpace, Contribution, State
 from lorikit.server.methods.base_delta import (
     DELTA_ROLES,
     Term,
-    check_delta_rank,
+    check_deltas,
     folded_deltas,
     merged_adapter,
-    no_deltas,
 )
 from lorikit.server.methods.facts import MethodFacts
 from lorikit.server.methods.products import RoundProducts
@@ -32,9 +31,7 @@ class FedExLoRAConfig(SameWorkConfig):
 
     def __post_init__(self) -> None:
         SameWorkConfig.__post_init__(self)
-        check_delta_rank(self.delta_rank)
-        if self.scale == 0:
-            raise ValueError("scale must not be 0")
+        check_deltas(self.delta_rank, self.scale)
 
 
 class FedExLoRA(SameWork[FedExLoRAConfig]):
@@ -75,11 +72,6 @@ class FedExLoRA(SameWork[FedExLoRAConfig]):
         """Args are the method's options; the defaults are the paper's where it says them."""
         super().__init__(config or FedExLoRAConfig())
 
-    def start(self, space: AdapterSpace, initial: Tensors) -> State:
-        """The initial adapter, cut to the configured rank, and no change of the base."""
-        state = super().start(space, initial)
-        return replace(state, tensors={**state.tensors, **no_deltas(space, initial)})
-
     def aggregate(
         self, state: State, space: AdapterSpace, contributions: Iterable[Contribution]
     ) -> State:
@@ -110,7 +102,4 @@ class FedExLoRA(SameWork[FedExLoRAConfig]):
 
     def global_adapter(self, state: State, space: AdapterSpace, rank: int | None = None) -> Tensors:
         """The means and the base deltas; with a rank, plain LoRA that holds both."""
-        adapter = adapter_of(state, space)
-        if rank is None:
-            return adapter
-        return merged_adapter(space, adapter, rank, scale=self.config.scale)
+        return merged_adapter(space, adapter_of(state, space), rank, scale=self.config.scale)

@@ -14,10 +14,9 @@ from lorikit.server.methods.adapters import WEIGHTINGS, Weighting, adapter_of
 from lorikit.server.methods.base import AdapterSpace, Contribution, State
 from lorikit.server.methods.base_delta import (
     DELTA_ROLES,
-    check_delta_rank,
+    check_deltas,
     folded_deltas,
     merged_adapter,
-    no_deltas,
 )
 from lorikit.server.methods.facts import MethodFacts
 from lorikit.server.methods.products import RoundProducts
@@ -37,11 +36,9 @@ class FLoRAConfig(RankPerDeviceConfig):
 
     def __post_init__(self) -> None:
         RankPerDeviceConfig.__post_init__(self)
-        check_delta_rank(self.delta_rank)
+        check_deltas(self.delta_rank, self.scale)
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {self.weighting!r}")
-        if self.scale == 0:
-            raise ValueError("scale must not be 0")
 
 
 class FLoRA(RankPerDevice[FLoRAConfig]):
@@ -85,11 +82,6 @@ class FLoRA(RankPerDevice[FLoRAConfig]):
         """Args are the method's options; the defaults are the paper's where it says them."""
         super().__init__(config or FLoRAConfig())
 
-    def start(self, space: AdapterSpace, initial: Tensors) -> State:
-        """The initial adapter at the largest rank, and no change of the base."""
-        state = super().start(space, initial)
-        return replace(state, tensors={**state.tensors, **no_deltas(space, initial)})
-
     def aggregate(
         self, state: State, space: AdapterSpace, contributions: Iterable[Contribution]
     ) -> State:
@@ -115,10 +107,7 @@ class FLoRA(RankPerDevice[FLoRAConfig]):
 
     def global_adapter(self, state: State, space: AdapterSpace, rank: int | None = None) -> Tensors:
         """The fresh LoRA and the base deltas; with a rank, plain LoRA that holds the deltas."""
-        adapter = adapter_of(state, space)
-        if rank is None:
-            return adapter
-        return merged_adapter(space, adapter, rank, scale=self.config.scale)
+        return merged_adapter(space, adapter_of(state, space), rank, scale=self.config.scale)
 
 
 def fresh_pairs(space: AdapterSpace, adapter: Tensors, *, seed: int, round_number: int) -> Tensors:

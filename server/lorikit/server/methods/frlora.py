@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
-
-from lorikit.proto.tensors import Float32, Tensors
-from lorikit.server.aggregate.product import Thin
-from lorikit.server.aggregate.split import split
+from lorikit.proto.tensors import Tensors
 from lorikit.server.methods.adapters import (
     Weighting,
     adapter_of,
@@ -22,10 +18,9 @@ from lorikit.server.methods.adapters import (
 from lorikit.server.methods.base import AdapterSpace, Contribution, State
 from lorikit.server.methods.base_delta import (
     DELTA_ROLES,
-    check_delta_rank,
+    check_deltas,
     folded_deltas,
     merged_adapter,
-    no_deltas,
 )
 from lorikit.server.methods.facts import MethodFacts
 from lorikit.server.methods.same_work import SameWork, SameWorkConfig
@@ -43,9 +38,7 @@ class FRLoRAConfig(SameWorkConfig):
 
     def __post_init__(self) -> None:
         SameWorkConfig.__post_init__(self)
-        check_delta_rank(self.delta_rank)
-        if self.scale == 0:
-            raise ValueError("scale must not be 0")
+        check_deltas(self.delta_rank, self.scale)
 
 
 class FRLoRA(SameWork[FRLoRAConfig]):
@@ -102,7 +95,7 @@ class FRLoRA(SameWork[FRLoRAConfig]):
                 the rank.
         """
         state = super().start(space, initial)
-        adapter = {**state.tensors, **no_deltas(space, initial)}
+        adapter = state.tensors
         for a, b in space.pairs():
             rank = adapter[a.name].shape[0]
             if not adapter[b.name].any():
@@ -154,31 +147,4 @@ class FRLoRA(SameWork[FRLoRAConfig]):
 
     def global_adapter(self, state: State, space: AdapterSpace, rank: int | None = None) -> Tensors:
         """The principal parts and the base deltas; with a rank, plain LoRA that holds both."""
-        adapter = adapter_of(state, space)
-        if rank is None:
-            return adapter
-        return merged_adapter(space, adapter, rank, scale=self.config.scale)
-
-
-def principal_start(
-    space: AdapterSpace, weights: Mapping[str, Float32], *, scale: float
-) -> Tensors:
-    """A0 and B0 of every module: what ``FRLoRA.start`` wants of its ``initial``.
-
-    Args:
-        space: The model's adapter tensors.
-        weights: Frozen weight by LoRA module, [d_out, d_in]; of a quantised base, as it computes.
-        scale: LoRA scale s.
-
-    Returns:
-        LoRA tensors at the run's largest rank, ``s B0 A0`` the best approximation of the weight,
-        ranks ordered by singular value.
-    """
-    pairs: Tensors = {}
-    for a, b in space.pairs():
-        left, values, right = np.linalg.svd(
-            weights[a.module].astype(np.float64), full_matrices=False
-        )
-        thin = Thin(left, values, right)
-        pairs[a.name], pairs[b.name] = split(thin, space.max_rank, scale=scale, mode="sqrt")
-    return pairs
+        return merged_adapter(space, adapter_of(state, space), rank, scale=self.config.scale)

@@ -25,7 +25,7 @@ from lorikit.server.methods.adapters import (
     sent_tensors,
 )
 from lorikit.server.methods.base import AdapterSpace, Assignment, Contribution, Participant, State
-from lorikit.server.methods.base_delta import DELTA_ROLES, delta_tensors, no_deltas
+from lorikit.server.methods.base_delta import DELTA_ROLES, delta_tensors
 from lorikit.server.methods.device_ranks import device_ranks
 from lorikit.server.methods.facts import MethodFacts
 from lorikit.server.methods.rank_per_device import RankPerDevice, RankPerDeviceConfig
@@ -105,11 +105,6 @@ class LoRAA2(RankPerDevice[LoRAA2Config]):
     def __init__(self, config: LoRAA2Config | None = None) -> None:
         """Args are the method's options; the defaults are the paper's where it says them."""
         super().__init__(config or LoRAA2Config())
-
-    def start(self, space: AdapterSpace, initial: Tensors) -> State:
-        """The initial adapter at r_G."""
-        state = super().start(space, initial)
-        return replace(state, tensors={**state.tensors, **no_deltas(space, initial)})
 
     def assign(
         self,
