@@ -183,7 +183,7 @@ def assert_late_device_is_not_behind(
     received = [records.received(task) for task in last]
     moved = [any(a[t.name].any() for t in space.named("delta_B")) for a in received]
     if config.method == "lora-a2":  # probed before: the ranks not chosen stand in the delta
-        assert moved == [False, True, False, False]
+        assert sorted(moved) == [False, False, False, True]  # three have memory for all ranks
         return
     assert moved == [True] * 4
     for tensor in space.named(*DELTA_ROLES):

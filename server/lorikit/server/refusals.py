@@ -7,7 +7,7 @@ from lorikit.proto.device import Profile
 from lorikit.proto.plan import Plan
 from lorikit.server.methods import FACTS
 from lorikit.server.methods.base import Assignment, Participant
-from lorikit.server.planner.planner import DoesNotFitError
+from lorikit.server.planner.choice import DoesNotFitError
 from lorikit.server.plans import missing_operations
 
 
