@@ -108,7 +108,8 @@ def without_deltas(probe: Probe) -> Probe:
 def test_a_change_is_that_of_the_weight_by_hand(compiler: Compiler) -> None:
     """Logits with a rank-1 change of one weight are torch's after adding the outer product."""
     manifest = compiler.package(precision="fp32", lowest_trained_layer=0).manifest
-    adapter = compiler.initial(2, 0)
+    initial = compiler.initial(2, 0)
+    adapter = {n: 0 * v if n.endswith("lora_B.weight") else v for n, v in initial.items()}
     module = "bert.encoder.layer.1.intermediate.dense"
     column, row = np.arange(80) / 80, np.linspace(-1, 1, 32)
     adapter[f"{module}.base_delta_B"] = column[:, None].astype(np.float32)
@@ -121,12 +122,12 @@ def test_a_change_is_that_of_the_weight_by_hand(compiler: Compiler) -> None:
     np.testing.assert_allclose(logits, torch_logits(model), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32"])
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_the_exported_folder_gives_stock_peft_the_logits_of_the_package(
-    compiler: Compiler, precision: str, tmp_path: Path
+    compiler: Compiler, tmp_path: Path
 ) -> None:
     """One LoRA of the stacked rank holds delta and adapter, and PEFT knows nothing of either."""
-    manifest = compiler.package(precision=precision, lowest_trained_layer=0).manifest
+    manifest = compiler.package(precision="fp32", lowest_trained_layer=0).manifest
     adapter = random_adapter(compiler, rank=3, delta_rank=5)
     space = compiler.space(3)
     folder = write_adapter(
@@ -141,8 +142,9 @@ def test_the_exported_folder_gives_stock_peft_the_logits_of_the_package(
 
     model = PeftModel.from_pretrained(classifier(compiler, adapter), folder).eval()
 
-    config = model.peft_config["default"]
-    assert {config.r, *config.rank_pattern.values()} == {3 + 5}
+    ranks = model.peft_config["default"].rank_pattern
+    assert set(ranks.values()) == {3 + 5}
+    assert len(ranks) == len(space.pairs())
     package, peft = predicted(compiler, manifest, adapter), torch_logits(model)
     assert np.linalg.norm(package - peft) <= 1e-4 * np.linalg.norm(peft)
     bare = {n: v for n, v in adapter.items() if "base_delta" not in n}
