@@ -50,7 +50,9 @@ def random_adapter(compiler: Compiler, *, rank: int, delta_rank: int, seed: int 
 
 
 @pytest.mark.parametrize(
-    ("model_type", "kind"), [("deberta-v2", "sequence-classification"), LLAMA], ids="-".join
+    ("model_type", "kind"),
+    [("deberta-v2", "sequence-classification"), LLAMA],
+    ids=["deberta-v2", "llama"],
 )
 def test_an_architecture_with_base_deltas_agrees_with_torch(
     tmp_path: Path, model_type: str, kind: str
