@@ -45,5 +45,20 @@ MAX_TENSOR_RANK = 8
 MAX_BUNDLE_TENSORS = 100_000
 """Most tensors in one bundle."""
 
+MAX_BUNDLE_SCALARS = 10_000
+"""Most scalars in one bundle."""
+
+MAX_TENSOR_PARTS = 16
+"""Most arrays that a codec keeps for one tensor."""
+
+MAX_TEXT = 200
+"""Longest name or label in a message, in letters."""
+
+MAX_SENTENCE = 2000
+"""Longest sentence for people in a message, in letters."""
+
+MAX_WINDOW_SECONDS = 86_400.0
+"""Longest time that a server may ask a device to wait."""
+
 MAX_BUNDLE_BYTES = 1 << 30
 """Largest bundle either end decodes, unless it sets a lower bound of its own."""

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
+from lorikit.proto.framing import FramingError, check_framing
 from lorikit.proto.limits import (
     MAX_BUNDLE_BYTES,
     MAX_BUNDLE_TENSORS,
@@ -134,17 +135,18 @@ def unpack(data: bytes, *, max_bytes: int = MAX_BUNDLE_BYTES) -> Bundle:
         max_bytes: Largest input accepted.
 
     Raises:
-        MalformedTensorError: Too large, not a bundle, newer format, duplicate name, unknown element
-            type, or a part whose length does not follow from its shape; the message names the
-            tensor.
+        MalformedTensorError: Too large, too many fields (counted before anything is made of them),
+            not a bundle, newer format, duplicate name, unknown element type, or a part whose length
+            does not follow from its shape; the message names the tensor.
     """
     if len(data) > max_bytes:
         raise MalformedTensorError(f"bundle of {len(data)} bytes exceeds the limit of {max_bytes}")
     message = tensor_pb2.TensorBundle()
     try:
+        check_framing(data)
         message.ParseFromString(data)
-    except DecodeError as error:
-        raise MalformedTensorError("bytes are not a tensor bundle") from error
+    except (DecodeError, FramingError) as error:
+        raise MalformedTensorError(f"bytes are not a tensor bundle: {error}") from error
     if message.format != BUNDLE_FORMAT:
         raise MalformedTensorError(f"bundle format {message.format} is not {BUNDLE_FORMAT}")
     if len(message.tensors) > MAX_BUNDLE_TENSORS:

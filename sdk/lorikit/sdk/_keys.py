@@ -7,7 +7,6 @@ own, so a device without certificates needs none of this.
 
 from __future__ import annotations
 
-import datetime
 from types import ModuleType
 
 from lorikit.proto.limits import PACKAGE_SIGNATURE_CONTEXT
@@ -43,12 +42,16 @@ def signing_request(key: bytes) -> bytes:
     return pem
 
 
+def validity(certificate: bytes) -> tuple[float, float]:
+    """From when until when the certificate is good, in seconds since the epoch."""
+    read = _cryptography().x509.load_pem_x509_certificate(certificate)
+    return read.not_valid_before_utc.timestamp(), read.not_valid_after_utc.timestamp()
+
+
 def is_renewal_due(certificate: bytes, now: float) -> bool:
     """Whether little is left of the certificate; ``now`` is seconds since the epoch."""
-    read = _cryptography().x509.load_pem_x509_certificate(certificate)
-    begin, end = read.not_valid_before_utc, read.not_valid_after_utc
-    left = end - datetime.datetime.fromtimestamp(now, datetime.UTC)
-    return bool(left < (end - begin) * _RENEWED_BELOW)
+    begin, end = validity(certificate)
+    return end - now < (end - begin) * _RENEWED_BELOW
 
 
 def check_package(digest: str, signature: bytes, package_key: bytes) -> None:

@@ -27,7 +27,8 @@ from lorikit.sdk._transport import AdapterChange, Transport
 
 logger = logging.getLogger(__name__)
 
-_MAX_MANIFEST_BYTES = 64 << 20
+_MAX_MANIFEST_BYTES = 8 << 20
+"""A manifest names its tensors in some hundred bytes each; parsed, it takes ten times its size."""
 
 
 def needed_blobs(manifest: Manifest, engine: str) -> tuple[BlobRef, ...]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +25,11 @@ from lorikit.proto.limits import (
     CHUNK_BYTES,
     DEVICE_METADATA,
     ERROR_METADATA,
+    MAX_CERTIFICATE_BYTES,
     MAX_CHUNK_BYTES,
+    MAX_SENTENCE,
+    MAX_TEXT,
+    MAX_WINDOW_SECONDS,
     PROTOCOL_METADATA,
     PROTOCOL_VERSION,
     RETRY_METADATA,
@@ -59,6 +65,8 @@ from lorikit.sdk._errors import (
     RoundClosedError,
     ServerRefusedError,
 )
+
+logger = logging.getLogger(__name__)
 
 _Reply = TypeVar("_Reply")
 
@@ -310,6 +318,11 @@ class GrpcTransport:
                 reply = self._call(rpc.DeviceServiceStub(channel).Enrol, request)
         else:
             reply = self._call(self._stub.Enrol, request)
+        texts = (reply.device_id, reply.token)
+        if not all(t.isascii() and t.isprintable() and len(t) <= MAX_TEXT for t in texts):
+            raise ServerRefusedError(None, "the server gave an identity that no call can carry")
+        if max(len(reply.certificate), len(reply.package_key)) > MAX_CERTIFICATE_BYTES:
+            raise ServerRefusedError(None, "the server gave a certificate that is too long")
         return Enrolment(
             device_id=reply.device_id,
             token=reply.token,
@@ -326,7 +339,7 @@ class GrpcTransport:
         """See ``Transport``."""
         request = pb.HeartbeatRequest(task_id=task_id, state=state, step=step, steps=steps)
         reply = self._call(self._stub.Heartbeat, request)
-        return Lease(go_on=reply.go_on, lease_seconds=reply.lease_seconds)
+        return Lease(go_on=reply.go_on, lease_seconds=_bounded_seconds(reply.lease_seconds))
 
     def next_task(self, wait_seconds: float, profile: Profile | None) -> Offer:
         """See ``Transport``."""
@@ -352,6 +365,21 @@ class GrpcTransport:
                 f"the stream of blob {blob.digest} ended {blob.size - offset} bytes early"
             )
 
+    def check_certificate(self) -> None:
+        """Nothing, when the server finds our certificate good; asks where devices enrol.
+
+        Raises:
+            IdentityError: What is wrong with it; ``CertificateRequiredError`` where there is none.
+            ConnectionLostError: Nobody answers there.
+        """
+        request = pb.CheckCertificateRequest(certificate=self._certificate)
+        with self._open(self._enrol_server) as channel, _wire_errors():
+            call = rpc.DeviceServiceStub(channel).CheckCertificate.future(
+                request, timeout=_WHY_SECONDS, metadata=tuple(self._metadata)
+            )
+            with self._tracked(call):
+                call.result()
+
     def upload_status(self, task_id: str, update_id: str, digest: str) -> UploadProgress:
         """See ``Transport``."""
         request = pb.UploadStatusRequest(task_id=task_id, update_id=update_id, digest=digest)
@@ -369,6 +397,10 @@ class GrpcTransport:
         on_sent: Callable[[int], None],
     ) -> None:
         """See ``Transport``."""
+        if offset > len(data):
+            raise ServerRefusedError(
+                ErrorCode.OFFSET_INVALID, f"the server holds {offset} of {len(data)} bytes"
+            )
         header = pb.UploadHeader(
             task_id=task_id,
             update_id=update_id,
@@ -447,18 +479,12 @@ class GrpcTransport:
 
         A handshake that fails gives no reason; where devices enrol, no certificate is needed.
         """
-        request = pb.CheckCertificateRequest(certificate=self._certificate)
-        with self._open(self._enrol_server) as channel:
-            call = rpc.DeviceServiceStub(channel).CheckCertificate.future(
-                request, timeout=_WHY_SECONDS, metadata=tuple(self._metadata)
-            )
-            with self._tracked(call), contextlib.suppress(grpc.FutureCancelledError):
-                try:
-                    call.result()
-                except grpc.RpcError as answer:
-                    reason = error_from(answer)
-                    if isinstance(reason, IdentityError):
-                        raise reason from error
+        try:
+            self.check_certificate()
+        except IdentityError as reason:
+            raise reason from error
+        except LorikitError as silence:
+            logger.debug("no reason for a lost connection: %s", silence)
 
     def _call_metadata(self) -> tuple[tuple[str, str], ...]:
         return (*self._metadata, *self._identity)
@@ -563,10 +589,14 @@ def _offer(reply: pb.NextTaskResponse) -> Offer:
             return _task(reply.task)
         case "wait":
             return RetryWindow(
-                min_seconds=reply.wait.min_seconds, max_seconds=reply.wait.max_seconds
+                min_seconds=_bounded_seconds(reply.wait.min_seconds),
+                max_seconds=_bounded_seconds(reply.wait.max_seconds),
             )
         case "refused":
-            return Refusal(reason=reply.refused.reason, remedy=reply.refused.remedy)
+            return Refusal(
+                reason=reply.refused.reason[:MAX_SENTENCE],
+                remedy=reply.refused.remedy[:MAX_SENTENCE],
+            )
         case "finished":
             return _finished(reply.finished)
     raise ProtocolVersionError("the server answered with work of an unknown kind; update the SDK")
@@ -580,7 +610,7 @@ def _task(message: pb.Task) -> Task | UnreadableTask:
             round=message.round,
             kind=message.kind,
             update_id=message.update_id,
-            lease_seconds=message.lease_seconds,
+            lease_seconds=_bounded_seconds(message.lease_seconds),
             plan=plan_from_message(message.plan),
             package=blob_from_message(message.package),
             adapter=blob_from_message(message.adapter),
@@ -638,6 +668,11 @@ def _upload_messages(
 
 def _seconds(text: str | bytes | None) -> float | None:
     try:
-        return None if text is None else max(0.0, float(text))
+        return None if text is None else _bounded_seconds(float(text))
     except ValueError:
         return None
+
+
+def _bounded_seconds(seconds: float) -> float:
+    """A time that a server asked for, between nothing and a day; no number counts as nothing."""
+    return min(max(seconds, 0.0), MAX_WINDOW_SECONDS) if not math.isnan(seconds) else 0.0

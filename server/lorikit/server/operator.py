@@ -26,6 +26,8 @@ from lorikit.server.offload import Offload
 from lorikit.server.runs import Runs, Summary
 
 _MAX_REASON = 200
+_LAST_SEQUENCE = (1 << 63) - 1
+"""Largest number that the database can hold."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -63,7 +65,9 @@ class OperatorService(OperatorServiceServicer):
     async def WatchRun(
         self, request: messages.WatchRunRequest, context: Context
     ) -> AsyncIterator[messages.RunEvent]:
-        async for event in self._runs.watch(request.run_id, request.from_sequence):
+        async for event in self._runs.watch(
+            request.run_id, min(request.from_sequence, _LAST_SEQUENCE)
+        ):
             yield messages.RunEvent(
                 sequence=event.sequence,
                 time=event.time,
@@ -115,7 +119,7 @@ def _config(name: str, text: str) -> RunConfig:
     """Settings of a run that is created under a name."""
     try:
         fields = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(ErrorCode.CONFIG_INVALID, f"settings are not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise RequestError(ErrorCode.CONFIG_INVALID, "settings are not a JSON object")

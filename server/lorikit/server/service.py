@@ -34,9 +34,13 @@ from lorikit.server.tasks import (
     Refused,
     TaskBoard,
     check_profile,
+    check_report,
     device_of,
 )
+from lorikit.server.texts import plain
 from lorikit.server.uploads import Chunk, Header, Uploads
+
+_MAX_STATE = 40
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -111,7 +115,7 @@ class DeviceService(DeviceServiceServicer):
     async def Heartbeat(
         self, request: messages.HeartbeatRequest, context: Context
     ) -> messages.HeartbeatResponse:
-        progress = Progress(request.state[:40], request.step, request.steps)
+        progress = Progress(plain(request.state, _MAX_STATE), request.step, request.steps)
         go_on = await self._board.heartbeat(CALLER.get(), request.task_id, progress)
         return messages.HeartbeatResponse(go_on=go_on, lease_seconds=self._lease_seconds)
 
@@ -188,13 +192,15 @@ async def _header(stream: AsyncIterator[messages.UploadUpdateRequest]) -> Header
     if first is None or first.WhichOneof("message") != "header":
         raise RequestError(ErrorCode.REQUEST_INVALID, "an upload starts with its header")
     header = first.header
+    report = report_from_message(header.report)
+    check_report(report)
     return Header(
         task_id=header.task_id,
         update_id=header.update_id,
         digest=header.digest,
         total_size=header.total_size,
         offset=header.offset,
-        report=report_from_message(header.report),
+        report=report,
     )
 
 

@@ -21,7 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from lorikit.proto.device import Profile
+from lorikit.proto.device import Profile, TrainingReport
+from lorikit.proto.limits import MAX_TEXT
 from lorikit.proto.status import ErrorCode
 from lorikit.server.config import ServerConfig
 from lorikit.server.errors import RequestError
@@ -31,10 +32,11 @@ from lorikit.server.signals import Signals
 from lorikit.server.states import TaskState
 from lorikit.server.store.sql import SqlStore
 from lorikit.server.store.tables import MemberRow, RunRow, TaskRow
+from lorikit.server.texts import plain
 
 logger = logging.getLogger(__name__)
 
-_MAX_TEXT = 200
+_MAX_TEXT = MAX_TEXT
 _MAX_MESSAGE = 500
 _MAX_LIST = 64
 _MAX_METRICS = 64
@@ -270,19 +272,20 @@ class TaskBoard:
     async def fail(self, device_id: str, task_id: str, *, error: str, message: str) -> None:
         """Note that the device could not do its task."""
         task = await self.own_task(device_id, task_id)
+        error, message = plain(error, _MAX_TEXT), plain(message, _MAX_MESSAGE)
         logger.warning(
             "task failed run=%s round=%d device=%s error=%s",
             task.run_id,
             task.round,
             device_id,
-            error[:_MAX_TEXT],
+            error,
         )
         await self._offload.database(
             self._store.end_task,
             task_id,
             TaskState.FAILED,
-            error=error[:_MAX_TEXT],
-            message=message[:_MAX_MESSAGE],
+            error=error,
+            message=message,
         )
         self._signals.notify(run_key(task.run_id))
 
@@ -291,8 +294,10 @@ class TaskBoard:
     ) -> None:
         """Note what the device measured on its own data."""
         task = await self.own_task(device_id, task_id)
-        if len(metrics) > _MAX_METRICS or any(len(name) > _MAX_TEXT for name in metrics):
-            raise _invalid(f"at most {_MAX_METRICS} metrics of at most {_MAX_TEXT} letters")
+        if len(metrics) > _MAX_METRICS:
+            raise _invalid(f"{len(metrics)} metrics, {_MAX_METRICS} allowed")
+        for name in metrics:
+            check_text("the name of a metric", name)
         if not all(math.isfinite(value) for value in metrics.values()):
             raise _invalid("a metric is not finite")
         if not 0 <= examples < 1 << 53:
@@ -417,14 +422,43 @@ def check_profile(profile: Profile) -> None:
         value = getattr(profile, field.name)
         if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
             raise _invalid(f"profile.{field.name} is {value}")
-        if isinstance(value, str) and len(value) > _MAX_TEXT:
-            raise _invalid(f"profile.{field.name} has {len(value)} letters, {_MAX_TEXT} allowed")
+        if isinstance(value, str):
+            check_text(f"profile.{field.name}", value)
         if isinstance(value, tuple) and len(value) > _MAX_LIST:
             raise _invalid(f"profile.{field.name} has {len(value)} entries, {_MAX_LIST} allowed")
     texts = [*profile.operations, *profile.codecs]
     texts += [text for engine in profile.engines for text in (engine.name, engine.version)]
-    if any(len(text) > _MAX_TEXT for text in texts):
-        raise _invalid(f"profile holds a text of more than {_MAX_TEXT} letters")
+    for text in texts:
+        check_text("a text of the profile", text)
+
+
+def check_report(report: TrainingReport) -> None:
+    """Nothing, when every number and text of the report lies in its range.
+
+    Raises:
+        RequestError: REQUEST_INVALID; the detail names the field.
+    """
+    for field in dataclasses.fields(report):
+        value = getattr(report, field.name)
+        if isinstance(value, str):
+            check_text(f"report.{field.name}", value)
+        elif isinstance(value, int) and value >= 1 << 53:
+            raise _invalid(f"report.{field.name} is {value}")
+    for name in ("training_seconds", "download_seconds", "accuracy"):
+        if getattr(report, name) < 0:
+            raise _invalid(f"report.{name} is {getattr(report, name)}")
+
+
+def check_text(name: str, text: str) -> None:
+    """Nothing, when the text is short and can be shown as it is.
+
+    Raises:
+        RequestError: REQUEST_INVALID.
+    """
+    if len(text) > _MAX_TEXT:
+        raise _invalid(f"{name} has {len(text)} letters, {_MAX_TEXT} allowed")
+    if not text.isprintable():
+        raise _invalid(f"{name} has control characters")
 
 
 def _profile_to_json(profile: Profile) -> str:

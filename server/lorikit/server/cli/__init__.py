@@ -17,12 +17,16 @@ from typing import NoReturn
 _MISSING_PART = 10
 """``ExitCode.MISSING_PART``; its module may not be importable when this is needed."""
 
+_ON_DEVICES = {("device",): "lorikit.sdk", ("doctor", "device"): "lorikit.sdk.doctor"}
+"""Commands that need nothing of the server, and the programs that they are."""
+
 
 def main() -> NoReturn:
     """Run the command that the process was started with; never returns."""
     arguments = sys.argv[1:]
-    if arguments[:1] == ["device"]:
-        _become_device(arguments[1:])
+    for words, module in _ON_DEVICES.items():
+        if tuple(arguments[: len(words)]) == words:
+            _become_device(module, arguments[len(words) :])
     try:
         app = importlib.import_module("lorikit.server.cli.app")
     except ModuleNotFoundError as error:
@@ -42,9 +46,9 @@ def missing_part_sentence(module: str) -> str:
     )
 
 
-def _become_device(arguments: Sequence[str]) -> NoReturn:
-    """Turn this process into the device runner, so that nothing of the server stays in memory."""
-    command = [sys.executable, "-m", "lorikit.sdk", *arguments]
+def _become_device(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Turn this process into a program of the SDK, so that nothing of the server is in memory."""
+    command = [sys.executable, "-m", module, *arguments]
     if os.name == "nt":  # execv on Windows gives the prompt back before the device ends
         sys.exit(subprocess.call(command))
     os.execv(sys.executable, command)

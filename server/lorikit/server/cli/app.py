@@ -13,6 +13,7 @@ from lorikit.server.cli.audit import audit_app
 from lorikit.server.cli.certs import certs_app
 from lorikit.server.cli.compile import compile_model
 from lorikit.server.cli.demo import demo
+from lorikit.server.cli.doctor import doctor_app
 from lorikit.server.cli.errors import explain
 from lorikit.server.cli.exit_codes import ExitCode
 from lorikit.server.cli.methods import methods
@@ -60,6 +61,7 @@ app.command("device")(device)
 app.add_typer(run_app, name="run")
 app.add_typer(certs_app, name="certs")
 app.add_typer(audit_app, name="audit")
+app.add_typer(doctor_app, name="doctor")
 app.command("profile")(profile)
 app.command("quantize")(quantize)
 app.command("methods")(methods)

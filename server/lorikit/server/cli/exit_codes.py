@@ -24,6 +24,7 @@ class ExitCode(IntEnum):
     RUN_FAILED = 9
     MISSING_PART = 10
     STORAGE = 11
+    UNHEALTHY = 12
     INTERRUPTED = 130
 
 
@@ -40,6 +41,7 @@ MEANINGS: Mapping[ExitCode, str] = {
     ExitCode.RUN_FAILED: "The run failed or was stopped before its last round.",
     ExitCode.MISSING_PART: "An optional part is not installed; the message has the command.",
     ExitCode.STORAGE: "A file or folder could not be read or written.",
+    ExitCode.UNHEALTHY: "`lorikit doctor` found a problem.",
     ExitCode.INTERRUPTED: "Stopped by Ctrl-C.",
 }
 """What each code means; ``docs/cli.md`` shows this table."""

@@ -162,8 +162,12 @@ class OperatorClient:
         with self._translated():
             for chunk in self._stub.FetchAdapter(request, metadata=_METADATA):
                 path = folder / _plain_name(chunk.file)
-                with path.open("r+b" if chunk.offset else "wb") as file:
-                    file.seek(chunk.offset)
+                with path.open("ab" if chunk.offset else "wb") as file:
+                    if file.tell() != chunk.offset:
+                        raise CommandError(
+                            ExitCode.REFUSED,
+                            f"{path.name} arrived with a gap at byte {file.tell()}; fetch it again",
+                        )
                     file.write(chunk.data)
                 files[path] = chunk.digest or files.get(path, "")
         for path, digest in files.items():

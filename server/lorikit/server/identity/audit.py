@@ -21,6 +21,7 @@ from lorikit.server.store.identity import (
     line_digest,
 )
 from lorikit.server.store.tables import AuditRow
+from lorikit.server.texts import plain
 
 _MAX_TEXT = 300
 _REFUSALS_PER_SECOND = 2.0
@@ -105,13 +106,9 @@ def verify(rows: Iterable[AuditRow]) -> Verdict:
 def _bounded(line: AuditLine) -> AuditLine:
     """The line with texts from outside cut short and without control characters."""
     return AuditLine(
-        actor=_plain(line.actor),
-        action=_plain(line.action),
-        subject=_plain(line.subject),
+        actor=plain(line.actor, _MAX_TEXT),
+        action=plain(line.action, _MAX_TEXT),
+        subject=plain(line.subject, _MAX_TEXT),
         outcome=line.outcome,
-        detail=_plain(line.detail),
+        detail=plain(line.detail, _MAX_TEXT),
     )
-
-
-def _plain(text: str) -> str:
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:_MAX_TEXT])

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -150,7 +150,7 @@ class Authority:
         """Whether the certificate bears this authority's signature."""
         try:
             certificate.verify_directly_issued_by(self._root)
-        except (ValueError, TypeError, InvalidSignature):
+        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
             return False
         return True
 
@@ -183,10 +183,8 @@ def requested_key(pem: bytes) -> ec.EllipticCurvePublicKey:
     try:
         request = x509.load_pem_x509_csr(pem)
         is_signed, key = request.is_signature_valid, request.public_key()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise _invalid("the signing request cannot be read") from error
-    except Exception as error:  # cryptography has no base class for unsupported algorithms
-        raise _invalid("the signing request is of an unsupported kind") from error
     if not is_signed:
         raise _invalid("the signing request is not signed by its key")
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, _CURVE):
@@ -208,7 +206,12 @@ def subject_of(certificate: x509.Certificate) -> str | None:
     """The device or operator that the certificate stands for; None where it names none."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+    except (
+        x509.ExtensionNotFound,
+        x509.DuplicateExtension,
+        x509.UnsupportedGeneralNameType,
+        ValueError,
+    ):
         return None
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     return from_uri(uris[0]) if len(uris) == 1 else None
