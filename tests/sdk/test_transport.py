@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import socket
 import subprocess
@@ -87,6 +88,42 @@ def task_message(**fields: object) -> pb.Task:
             **fields,
         }  # type: ignore[arg-type]  # fields by name
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(math.nan, 0.0), (math.inf, 86_400.0), (-math.inf, 0.0), (-5.0, 0.0), (1e300, 86_400.0)],
+)
+def test_times_that_no_clock_can_wait_for_are_bounded(
+    server: Loopback, transport: GrpcTransport, given: float, kept: float
+) -> None:
+    window = pb.RetryWindow(min_seconds=given, max_seconds=given)
+    server.faults["UploadStatus"].append(refuse(ErrorCode.SERVER_BUSY, retry_seconds=given))
+
+    server.offers = [pb.NextTaskResponse(wait=window)]
+    assert transport.next_task(0.0, None) == RetryWindow(min_seconds=kept, max_seconds=kept)
+    server.offers = [pb.NextTaskResponse(task=task_message(lease_seconds=given))]
+    task = transport.next_task(0.0, None)
+    assert isinstance(task, Task)
+    assert task.lease_seconds == kept
+    with pytest.raises(ConnectionLostError) as caught:
+        transport.upload_status("t", "u", BLOB.digest)
+    assert caught.value.retry_seconds == kept
+
+
+@pytest.mark.parametrize("token", ["x" * 201, "a\nb", "\N{SNOWMAN}"])
+def test_identity_that_no_call_can_carry_is_refused(
+    server: Loopback, transport: GrpcTransport, token: str
+) -> None:
+    server.token = token
+
+    with pytest.raises(ServerRefusedError, match="no call can carry"):
+        transport.enrol("abcdefgh", PROFILE, "")
+
+
+def test_server_that_holds_more_than_there_is_is_refused(transport: GrpcTransport) -> None:
+    with pytest.raises(ServerRefusedError, match="11 of 10 bytes"):
+        transport.upload("t", "u", bytes(10), TrainingReport(), offset=11, on_sent=print)
 
 
 def test_every_code_of_the_server_has_an_error_here() -> None:

@@ -99,6 +99,31 @@ def test_name_that_is_no_plain_name_is_refused(create, name):
     assert refused(create, name)[0] is ErrorCode.CONFIG_INVALID
 
 
+def test_settings_nested_without_end_are_refused(call):
+    request = messages.CreateRunRequest(name="deep", config_json="[" * 200_000)
+
+    assert refused(call, "CreateRun", request)[0] is ErrorCode.CONFIG_INVALID
+
+
+def test_event_number_beyond_any_is_no_fault(server, call, create):
+    create(rounds=1)
+    with crowd(server.address):
+        server.wait("test", timeout=30)
+    request = messages.WatchRunRequest(run_id="test", from_sequence=(1 << 64) - 1)
+
+    assert list(call("WatchRun", request)) == []
+
+
+def test_without_an_authority_there_is_nobody_to_administer(call):
+    for method, request in (
+        ("IssueToken", messages.IssueTokenRequest(valid_seconds=1)),
+        ("RevokeIdentity", messages.RevokeIdentityRequest(subject="device:ab")),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            call(method, request)
+        assert error_code(caught.value) is ErrorCode.REQUEST_INVALID
+
+
 def test_other_protocol_is_refused(call):
     request = messages.ListRunsRequest()
 

@@ -144,12 +144,55 @@ def test_error_says_when_to_come_back(tmp_path):
         {"speed_gflops": float("nan")},
         {"platform": "x" * 201},
         {"codecs": ("fp32",) * 65},
+        {"device_class": "phone\x1b[2J"},
+        {"operations": ("a\nb",)},
     ],
 )
 def test_profile_out_of_range_is_refused(make_device, changes):
     device = make_device(enrol=False, profile=profile(**changes))
 
     assert refused(device.enrol) is ErrorCode.REQUEST_INVALID
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"engine": "x" * 201},
+        {"engine": "onnx\n2026 INFO all is well"},
+        {"training_seconds": -1.0},
+        {"accuracy": -0.5},
+        {"examples": 1 << 60},
+    ],
+)
+def test_report_out_of_range_is_refused(working, report):
+    device, task, data = working
+    requests = list(upload_requests(task, data))
+    for name, value in report.items():
+        setattr(requests[0].header.report, name, value)
+
+    assert refused(device.call, "UploadUpdate", iter(requests)) is ErrorCode.REQUEST_INVALID
+    assert not device.upload(task, data).duplicate
+
+
+def test_message_that_cannot_be_parsed_is_refused(make_device):
+    device = make_device()
+    for name in ("NextTask", "UploadStatus", "Heartbeat", "ReportFailure", "Enrol"):
+        call = device.channel.unary_unary(f"/lorikit.proto.v1.DeviceService/{name}")
+        assert refused(call, b"\xff\xff", metadata=device.metadata) is ErrorCode.REQUEST_INVALID
+
+
+def test_failure_with_control_characters_is_told_in_one_plain_line(server, working):
+    device, task, _ = working
+    request = messages.ReportFailureRequest(
+        task_id=task.task_id, error="Out\x1b[2JOfMemory", message="a\nb" * 1000
+    )
+    device.call("ReportFailure", request)
+
+    store = server._coordinator._store
+    told = store.task(task.task_id)
+    assert told.error.isprintable()
+    assert told.message.isprintable()
+    assert len(told.message) == 500
 
 
 def test_short_installation_id_is_refused(make_device):
