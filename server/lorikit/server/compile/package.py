@@ -20,6 +20,7 @@ from lorikit.server.compile.layers import keep_layers
 from lorikit.server.compile.loss import add_loss, add_vocabulary_loss
 from lorikit.server.compile.models import Model
 from lorikit.server.compile.recompute import recompute_layers, recompute_scores
+from lorikit.server.compile.rows import select_rows_early
 from lorikit.server.compile.stops import STOP, add_stops, remove_stops, stop_rule
 from lorikit.server.compile.verify import Probe
 from lorikit.server.compile.weights import Base, KernelReport, minimum_runtime, read_weights
@@ -86,6 +87,7 @@ def training_graph(
     seeds = _add_loss(graph, model)
     rules = FUSED_RULES if variant.runtime == "onnx-training" else RULES
     add_dropout(graph, model.dropout)
+    select_rows_early(graph)
     add_stops(graph)
     add_gradients(graph, seeds, trained, {**rules, STOP: stop_rule})
     remove_stops(graph)
@@ -104,12 +106,15 @@ def evaluation_graph(forward: ir.Graph, model: Model, variant: Variant) -> ir.Gr
     _add_loss(graph, model)
     _drop_outputs(graph, "logits", "features")
     remove_dead(graph)
+    select_rows_early(graph)
     return graph
 
 
 def prediction_graph(forward: ir.Graph, model: Model, variant: Variant) -> ir.Graph:
     """Forward of a variant. Outputs: ``logits`` and ``features``."""
-    return _sub_model(forward, model, variant)
+    graph = _sub_model(forward, model, variant)
+    select_rows_early(graph)
+    return graph
 
 
 def with_base(graph: ir.Graph, base: Base, variant: Variant) -> tuple[ir.Graph, KernelReport]:
