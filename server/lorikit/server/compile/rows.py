@@ -149,7 +149,7 @@ def _row_operands(graph: Graph, node: Node, axis: int) -> Mapping[int, int] | No
         return {0: axis} if is_row and not node.attributes.get("transA", 0) else None
     if node.op == "Transpose":
         order = node.attributes.get("perm")
-        return {0: order[axis]} if isinstance(order, tuple) else None
+        return {0: int(order[axis])} if isinstance(order, tuple) else None
     if node.op == "Reshape":
         return {0: axis} if _keeps_rows(graph, node, axis) else None
     return None
