@@ -210,7 +210,7 @@ class Federation:
             RunParts(
                 method=make_method(config),
                 source=model.compiler,
-                planner=GivenChoices(config, self.devices, model.compiler.layer_count),
+                planner=GivenChoices(config, members, model.compiler.layer_count),
                 export=lambda *_: None,
                 evaluation=_evaluation(test, config) if test else None,
             ),
@@ -398,11 +398,9 @@ class LocalTransport:
 class GivenChoices:
     """A planner that gives every device what its member says."""
 
-    def __init__(
-        self, config: RunConfig, devices: Mapping[str, LocalDevice], layer_count: int
-    ) -> None:
+    def __init__(self, config: RunConfig, members: Sequence[Member], layer_count: int) -> None:
         self._config = config
-        self._devices = devices
+        self._members = {identifier("device", member.name): member for member in members}
         self._layer_count = layer_count
 
     def participant(
@@ -413,7 +411,7 @@ class GivenChoices:
         seconds_per_step: float | None = None,
     ) -> Participant:
         """See ``DevicePlanner``."""
-        member = self._devices[device_id].member
+        member = self._members[device_id]
         return Participant(
             device_id=device_id,
             device_class=profile.device_class,
@@ -427,7 +425,7 @@ class GivenChoices:
 
     def choose(self, profile: Any, assignment: Assignment) -> Choice:
         """See ``DevicePlanner``."""
-        member = self._devices[assignment.device_id].member
+        member = self._members[assignment.device_id]
         return Choice(
             precision=member.precision,
             micro_batch=member.micro_batch or self._config.batch_size,

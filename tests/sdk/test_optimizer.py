@@ -9,6 +9,7 @@ import pytest
 from lorikit.proto.plan import OptimizerConfig
 from lorikit.sdk._optimizer import (
     clip_by_global_norm,
+    first_order_effects,
     initial_slots,
     scheduled_learning_rate,
     updated,
@@ -141,3 +142,19 @@ def test_joint_norm_never_exceeds_the_bound(max_norm: float) -> None:
 def test_bound_of_zero_means_no_clipping() -> None:
     gradients = {"A": np.full(3, 1e6, np.float32)}
     assert clip_by_global_norm(gradients, 0.0)[0] is gradients
+
+
+def test_first_order_effect_is_that_of_the_change_per_squared_length() -> None:
+    before = {n: np.zeros(2, np.float32) for n in ("steep", "flat", "still", "sgd")}
+    after = {n: np.array([3.0, -4.0], np.float32) for n in ("steep", "flat", "sgd")}
+    slots = {
+        "steep": {"second": np.array([4.0, 9.0], np.float32)},
+        "flat": {"second": np.array([0.0, 1.0], np.float32)},
+        "still": {"second": np.ones(2, np.float32)},
+        "sgd": {"velocity": np.ones(2, np.float32)},
+    }
+
+    effects = first_order_effects(slots, before, {**before, **after})
+
+    # (2 * 3 + 3 * 4) / 25, (0 + 4) / 25, and nothing moved; one without a moment has no entry.
+    assert effects == pytest.approx({"steep": 18 / 25, "flat": 4 / 25, "still": 0.0})

@@ -109,6 +109,31 @@ def test_importance_is_the_optimisers_and_survives_a_kill(device: Device) -> Non
     assert pack(run(device, two).bundle) == pack(whole.bundle)
 
 
+def sizes(outcome: Outcome) -> dict[str, int]:
+    return {name: each.nbytes for name, each in outcome.bundle.tensors.items()}
+
+
+def test_weights_of_the_plan_move_the_bits_and_first_order_effects_survive_a_kill(
+    device: Device,
+) -> None:
+    def wanted(**fields: object) -> Plan:
+        return plan(codec=ADAPTIVE, budget_bytes=120, error_feedback=False, stream="", **fields)
+
+    heavy, light = (
+        run(device, wanted(importance="server", sensitivity={A: weight}), f"weight {weight}")
+        for weight in (1e9, 0.0)
+    )
+    assert sizes(heavy)[A] > sizes(light)[A]
+
+    first_order = wanted(importance="first-order")
+    calm = run(device, first_order, "calm")
+    with pytest.raises(KeyboardInterrupt):
+        executor(device, Dying(device.engine(), runs=5), journal_interval_steps=1).run(
+            first_order, device.package.adapter(), "killed"
+        )
+    assert pack(run(device, first_order, "killed").bundle) == pack(calm.bundle)
+
+
 def test_compressed_update_unpacks_to_the_same(device: Device) -> None:
     loose = run(device, plan())
     executor(device)._journal.clear("task-1")

@@ -20,6 +20,9 @@ WIRE_VERSION = 1
 WIRE_FEATURE = f"wire-{WIRE_VERSION}"
 """Name among a profile's codecs that says: this SDK knows wire schemes of that version."""
 
+IMPORTANCES = ("second-moment", "first-order", "server")
+"""What ``adaptive`` can weigh a tensor's squared error by."""
+
 ADAPTIVE = "adaptive"
 """Wire scheme in which each tensor has its own codec."""
 
@@ -198,6 +201,10 @@ class WireScheme:
     counted_round: int | None = None
     """Last round whose update from this device was counted; None: none was. The device goes on
     from what it left out then."""
+    importance: str = "second-moment"
+    """``adaptive``: weight of a tensor's squared error, one of ``IMPORTANCES``."""
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
+    """Importance ``server``: the weight of each tensor; 1 where absent."""
 
     def __post_init__(self) -> None:
         if self.version != WIRE_VERSION:
@@ -219,6 +226,13 @@ class WireScheme:
                 f"wire.budget_bytes belongs to codec {ADAPTIVE} and is above 0 there, got "
                 f"{self.budget_bytes} with codec {self.codec!r:.80}"
             )
+        if self.importance not in IMPORTANCES:
+            raise PlanError(
+                f"wire.importance must be one of {IMPORTANCES}, got {self.importance!r}"
+            )
+        for name, weight in self.sensitivity.items():
+            if not 0 <= weight < math.inf:
+                raise PlanError(f"wire.sensitivity of {name:.200} must be at least 0, got {weight}")
         if self.error_feedback and not (self.delta and self.stream):
             raise PlanError("wire.error_feedback needs delta and the name of a stream")
         if self.counted_round is not None and not 0 <= self.counted_round < self.round:

@@ -8,6 +8,7 @@ import dataclasses
 from lorikit.proto.device import EngineInfo, Profile, TrainingReport
 from lorikit.proto.manifest import BlobRef
 from lorikit.proto.plan import (
+    IMPORTANCES,
     PLAN_VERSION,
     Operation,
     OptimizerConfig,
@@ -110,6 +111,8 @@ def _wire_from_message(message: plan_pb2.WireScheme) -> WireScheme:
     fields = {f.name: getattr(message, f.name) for f in dataclasses.fields(WireScheme)}
     if not message.HasField("counted_round"):
         fields["counted_round"] = None
+    fields["importance"] = message.importance or IMPORTANCES[0]
+    fields["sensitivity"] = dict(message.sensitivity)
     return WireScheme(**fields)
 
 

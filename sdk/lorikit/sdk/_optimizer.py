@@ -147,6 +147,31 @@ def mean_squared_gradients(slots: Mapping[str, Slots]) -> dict[str, float]:
     }
 
 
+def first_order_effects(
+    slots: Mapping[str, Slots], before: Tensors, after: Tensors
+) -> dict[str, float]:
+    """What a tensor's change does to the loss, per squared length of the change.
+
+    The effect is sum |g u| with u the change and g the root of the second moment. An error e of the
+    change loses the share |e|^2 / |u|^2 of it, so that sum |g u| / |u|^2 is the weight of |e|^2. Of
+    one optimiser's tensors only the ratios mean something.
+
+    Args:
+        slots: Optimiser state by tensor; one without a second moment has no effect here.
+        before: The tensors before training, by name.
+        after: The same after it.
+    """
+    effects = {}
+    for name, of_tensor in slots.items():
+        if of_tensor.get("second") is None:
+            continue
+        change = np.abs(after[name] - before[name]).astype(np.float64)
+        squares = float(np.square(change).sum())
+        slope = np.sqrt(_opened(of_tensor, "second").astype(np.float64))
+        effects[name] = float((slope * change).sum()) / squares if squares else 0.0
+    return effects
+
+
 def _adamw(
     decayed: Float32,
     gradient: Float32,

@@ -34,6 +34,7 @@ from lorikit.sdk._memory import memory_use
 from lorikit.sdk._operations.base import GradientOperation, Result, Work
 from lorikit.sdk._optimizer import (
     clip_by_global_norm,
+    first_order_effects,
     initial_slots,
     mean_squared_gradients,
     scheduled_learning_rate,
@@ -121,7 +122,7 @@ class PlanExecutor:
         if plan.wire is not None:
             check_scheme(plan.wire)
         self._check_data(plan)
-        task = _Task(checked, task_id, fingerprint(plan, adapter))
+        task = _Task(checked, task_id, fingerprint(plan, adapter), adapter)
         snapshot = self._resumed(task) or Snapshot(adapter=dict(adapter))
         while snapshot.phase < len(plan.phases):
             self._train(task, snapshot)
@@ -171,7 +172,7 @@ class PlanExecutor:
             if due or now - saved_time >= self._interval_seconds:
                 self._save(task, snapshot)
                 saved_step, saved_time = snapshot.step, now
-        snapshot.importance.update(mean_squared_gradients(snapshot.slots))
+        snapshot.importance.update(_importance(task, snapshot))
         snapshot.phase, snapshot.step, snapshot.slots = snapshot.phase + 1, 0, {}
         self._save(task, snapshot)
 
@@ -343,7 +344,7 @@ class PlanExecutor:
             scheme,
             self._residuals,
             seed=task.plan.seed,
-            importance=snapshot.importance,
+            importance=scheme.sensitivity or snapshot.importance,
             precision=self._manifest.precision,
         )
         bundle = Bundle({**tensors, **update.tensors}, scalars, update.header)
@@ -392,6 +393,7 @@ class _Task:
     checked: CheckedPlan
     id: str
     fingerprint: str
+    received: Tensors
 
     @property
     def plan(self) -> Plan:
@@ -418,6 +420,14 @@ def _drawn(examples: int, phase: Phase, plan_seed: int, first_step: int) -> Iter
             drawn = order[chosen[chosen // examples == wanted] % examples]
             parts.append(drawn + epoch * examples)
         yield np.concatenate(parts)
+
+
+def _importance(task: _Task, snapshot: Snapshot) -> dict[str, float]:
+    """Weight of each tensor that the phase trained, as the plan's wire scheme reckons it."""
+    wire = task.plan.wire
+    if wire is not None and wire.importance == "first-order":
+        return first_order_effects(snapshot.slots, task.received, snapshot.adapter)
+    return mean_squared_gradients(snapshot.slots)
 
 
 def _add_terms(

@@ -32,7 +32,7 @@ class Snapshot:
     slots: dict[str, Slots] = field(default_factory=dict)
     """Optimiser state of the phase by trained tensor."""
     importance: dict[str, float] = field(default_factory=dict)
-    """Mean squared gradient of the tensors that earlier phases trained."""
+    """Weight of an error in the tensors that earlier phases trained."""
     produced: Tensors = field(default_factory=dict)
     """What training makes beside the adapter, by the name it can be sent under."""
     phase: int = 0

@@ -166,8 +166,8 @@ class RunConfig(_Settings):
 
     codec_options: dict[str, JsonValue] = {}
     """Options of the wire codec by name: ``delta``, ``stochastic``, ``rotation_block``,
-    ``error_feedback``, ``compressed``, ``top_share`` of ``topk``, ``budget_bytes`` of
-    ``adaptive``."""
+    ``error_feedback``, ``compressed``, ``top_share`` of ``topk``, ``budget_bytes`` and
+    ``importance`` of ``adaptive``."""
 
     downlink_codec: str = "fp32"
     """Wire codec of adapters on their way to devices: ``fp32`` sends them whole; any other of
@@ -176,6 +176,10 @@ class RunConfig(_Settings):
     downlink_options: dict[str, JsonValue] = {}
     """Options of the downlink's codec by name: ``stochastic``, ``rotation_block``, ``compressed``,
     ``top_share`` of ``topk``, ``budget_bytes`` of ``adaptive``."""
+
+    sensitivity_every: Annotated[int, Field(ge=1)] = 5
+    """Rounds between two measurements of the tensors' sensitivity, where ``codec_options`` has
+    ``importance = "server"``."""
 
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Seed of everything random in the run."""

@@ -12,13 +12,22 @@ from lorikit.server.config import EvaluationData, RunConfig
 from lorikit.server.plans import seed_of
 
 
-def evaluation_rows(data: EvaluationData, config: RunConfig) -> tuple[list[str], list[int]]:
-    """The rows to measure with, the same in every round."""
+def evaluation_rows(
+    data: EvaluationData, config: RunConfig, *, most: int = 0
+) -> tuple[list[str], list[int]]:
+    """The rows to measure with, the same in every round.
+
+    Args:
+        data: All rows.
+        config: Settings of the run.
+        most: Largest number of rows; 0 for ``evaluate_rows``.
+    """
     count = len(data.texts)
+    wanted = most or config.evaluate_rows
     rows = list(range(count))
-    if 0 < config.evaluate_rows < count:
+    if 0 < wanted < count:
         rng = np.random.default_rng(seed_of("evaluate", config.seed))
-        rows = sorted(rng.choice(count, size=config.evaluate_rows, replace=False).tolist())
+        rows = sorted(rng.choice(count, size=wanted, replace=False).tolist())
     return [data.texts[row] for row in rows], [data.labels[row] for row in rows]
 
 

@@ -34,8 +34,8 @@ PLAIN_CODECS = ("fp32", "fp16", "bf16")
 """Codecs that hold plain values unless options ask for a wire scheme."""
 
 _OPTIONS = (
-    "budget_bytes", "compressed", "delta", "error_feedback", "rotation_block", "stochastic",
-    "top_share",
+    "budget_bytes", "compressed", "delta", "error_feedback", "importance", "rotation_block",
+    "stochastic", "top_share",
 )  # fmt: skip
 """Options of a wire scheme that a run may set."""
 
@@ -124,6 +124,7 @@ def build_plan(
     *,
     round_number: int,
     counted_round: int | None = None,
+    sensitivity: Mapping[str, float] | None = None,
 ) -> Plan:
     """The plan of one device for one round.
 
@@ -135,11 +136,16 @@ def build_plan(
         profile: The device's.
         round_number: Joins the seed, so that no two rounds draw the same order of data.
         counted_round: Last earlier round whose update from this device was counted; None if none.
+        sensitivity: Measured weight of each tensor's error; None where none is asked for.
 
     Raises:
         CompileError: The assignment trains a tensor that the package holds still.
     """
     trained = trained_names(assignment, adapter) if assignment.train else ()
+    wire = _wire(config, profile, trained, round_number, counted_round)
+    if wire is not None and sensitivity:
+        weights = {name: sensitivity[name] for name in trained if name in sensitivity}
+        wire = dataclasses.replace(wire, sensitivity=weights)
     seed = seed_of("plan", config.seed, round_number, assignment.device_id)
     phases = (
         (
@@ -163,7 +169,7 @@ def build_plan(
         operations=assignment.operations,
         send=(*trained, *(name for o in assignment.operations for name in _statistics(o))),
         codec=_plain_codec(config, profile),
-        wire=_wire(config, profile, trained, round_number, counted_round),
+        wire=wire,
         max_length=config.max_length,
         seed=seed,
         facts=PlanFacts(
@@ -202,6 +208,8 @@ def wire_scheme(
             "the adapter other coordinates each round; set it to false"
         )
     defaults = {"error_feedback": feedback, "stochastic": not feedback}
+    if options.get("importance") == "server" and config.evaluation_data is None:
+        raise ValueError("codec_options: importance server needs evaluation_data to measure on")
     if config.codec == ADAPTIVE and "budget_bytes" not in options:
         raise ValueError(f"codec {ADAPTIVE} needs budget_bytes in codec_options")
     return WireScheme(

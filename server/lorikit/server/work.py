@@ -23,6 +23,7 @@ from lorikit.proto.manifest import BlobRef, Manifest
 from lorikit.proto.plan import PLAN_VERSION, Plan
 from lorikit.proto.tensors import Tensors
 from lorikit.proto.wire import plan_to_message
+from lorikit.quantization.wire import small_codec
 from lorikit.server.config import EvaluationData, RunConfig
 from lorikit.server.downlink import (
     Downlink,
@@ -57,6 +58,7 @@ from lorikit.server.plans import (
     seed_of,
 )
 from lorikit.server.refusals import check_operations, instead
+from lorikit.server.sensitivity import sensitivities
 from lorikit.server.store.blobs import FolderBlobs
 from lorikit.server.store.sql import SqlStore
 from lorikit.server.store.tables import DeviceRow, RoundRow, TaskRow, UpdateRow
@@ -170,6 +172,9 @@ _REMEMBERED_ROUNDS = 34
 """Rounds looked back for a device's last update. Its error feedback forgets sooner; a device that
 missed more gets its adapter whole."""
 
+_SENSITIVITY_ROWS = 64
+"""Rows that the sensitivity of a tensor is measured on."""
+
 _Facts = tuple[str, Mapping[str, float], float | None]
 """What a participant follows from: profile, the method's memory, measured speed."""
 
@@ -207,6 +212,7 @@ class RoundWork:
         self._blobs = blobs
         self._private = private
         self._downlink = Downlink(config, blobs)
+        self._sensitivities: dict[int, dict[str, float]] = {}
         self._space = parts.source.space(config.max_rank)
         self._participants: dict[str, tuple[_Facts, Participant]] = {}
 
@@ -335,12 +341,36 @@ class RoundWork:
             raise LorikitError("run has no evaluation_data")
         texts, labels = evaluation_rows(self.parts.evaluation, self.config)
         adapter = self.parts.method.global_adapter(self.state_before(number + 1), self._space)
+        return self._measured(adapter, texts, labels), len(texts)
+
+    def _measured(
+        self, adapter: Tensors, texts: Sequence[str], labels: Sequence[int]
+    ) -> dict[str, float]:
+        """What the server measures of an adapter on some rows."""
         source, scale, length = self.parts.source, self.config.lora_scale, self.config.max_length
         if self.config.task_kind == "causal-language-modeling":
             losses = source.token_losses(adapter, texts, lora_scale=scale, max_length=length)
-            return losses.metrics(), len(texts)
+            return losses.metrics()
         logits = source.logits(adapter, texts, lora_scale=scale, max_length=length)
-        return accuracy_and_loss(logits, labels), len(labels)
+        return accuracy_and_loss(logits, labels)
+
+    def _sensitivity(self, number: int) -> Mapping[str, float]:
+        """Weights of errors in the round's updates; empty where the run does not ask for them.
+
+        They belong to the state of the last round that was due, so that a restarted server finds
+        the same.
+        """
+        evaluation = self.parts.evaluation
+        if self.config.codec_options.get("importance") != "server" or evaluation is None:
+            return {}
+        due = number - number % self.config.sensitivity_every
+        if due not in self._sensitivities:
+            adapter = self.parts.method.global_adapter(self.state_before(due), self._space)
+            rows = evaluation_rows(evaluation, self.config, most=_SENSITIVITY_ROWS)
+            names = [name for name, values in adapter.items() if small_codec(values) is None]
+            found = sensitivities(lambda a: self._measured(a, *rows)["loss"], adapter, names)
+            self._sensitivities = {due: found}
+        return self._sensitivities[due]
 
     def hand_out(self, rounds: int) -> None:
         """Give every member its part of the final adapter and a package to use it with."""
@@ -448,6 +478,7 @@ class RoundWork:
             profile,
             round_number=row.number,
             counted_round=counted_round,
+            sensitivity=self._sensitivity(row.number),
         )
         check_operations(plan, profile)
         expected = expected_update(

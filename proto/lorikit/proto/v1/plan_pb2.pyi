@@ -455,6 +455,26 @@ class WireScheme(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SensitivityEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VERSION_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
@@ -467,6 +487,8 @@ class WireScheme(_message.Message):
     STREAM_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
     COUNTED_ROUND_FIELD_NUMBER: _builtins.int
+    IMPORTANCE_FIELD_NUMBER: _builtins.int
+    SENSITIVITY_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Version of the scheme's meaning; 1 today. Another one is refused."""
     codec: _builtins.str
@@ -493,6 +515,14 @@ class WireScheme(_message.Message):
     """Last round whose update from this device was counted; absent: none was. The device goes on
     from what it left out then.
     """
+    importance: _builtins.str
+    """"adaptive": what a tensor's squared error is weighed by: "second-moment" of the optimiser (the
+    meaning of an empty text), "first-order" effect of its change, or "server".
+    """
+    @_builtins.property
+    def sensitivity(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Importance "server": the weight of each tensor by name; 1 where absent."""
+
     def __init__(
         self,
         *,
@@ -508,10 +538,12 @@ class WireScheme(_message.Message):
         stream: _builtins.str = ...,
         round: _builtins.int = ...,
         counted_round: _builtins.int | None = ...,
+        importance: _builtins.str = ...,
+        sensitivity: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_counted_round", b"_counted_round", "counted_round", b"counted_round"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_counted_round", b"_counted_round", "budget_bytes", b"budget_bytes", "codec", b"codec", "compressed", b"compressed", "counted_round", b"counted_round", "delta", b"delta", "error_feedback", b"error_feedback", "rotation_block", b"rotation_block", "round", b"round", "stochastic", b"stochastic", "stream", b"stream", "top_share", b"top_share", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_counted_round", b"_counted_round", "budget_bytes", b"budget_bytes", "codec", b"codec", "compressed", b"compressed", "counted_round", b"counted_round", "delta", b"delta", "error_feedback", b"error_feedback", "importance", b"importance", "rotation_block", b"rotation_block", "round", b"round", "sensitivity", b"sensitivity", "stochastic", b"stochastic", "stream", b"stream", "top_share", b"top_share", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__counted_round: _TypeAlias = _typing.Literal["counted_round"]  # noqa: Y015
     _WhichOneofArgType__counted_round: _TypeAlias = _typing.Literal["_counted_round", b"_counted_round"]  # noqa: Y015
