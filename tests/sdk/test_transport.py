@@ -36,7 +36,6 @@ from lorikit.sdk._errors import (
     ServerRefusedError,
 )
 from lorikit.sdk._transport import (
-    ERRORS,
     Finished,
     GrpcTransport,
     Lease,
@@ -46,6 +45,7 @@ from lorikit.sdk._transport import (
     UnreadableTask,
     UploadProgress,
 )
+from lorikit.sdk._wire_errors import ERRORS
 
 DATA = bytes(range(256)) * 40
 BLOB = BlobRef(digest=digest_of(DATA), size=len(DATA))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,20 +23,17 @@ from lorikit.proto.device import Profile, TrainingReport
 from lorikit.proto.limits import (
     CHUNK_BYTES,
     DEVICE_METADATA,
-    ERROR_METADATA,
     MAX_CERTIFICATE_BYTES,
     MAX_CHUNK_BYTES,
     MAX_SENTENCE,
     MAX_TEXT,
-    MAX_WINDOW_SECONDS,
     PROTOCOL_METADATA,
     PROTOCOL_VERSION,
-    RETRY_METADATA,
     TOKEN_METADATA,
 )
 from lorikit.proto.manifest import BlobRef, ManifestError, digest_of
 from lorikit.proto.plan import Plan, PlanError
-from lorikit.proto.status import STATUS, ErrorCode
+from lorikit.proto.status import ErrorCode
 from lorikit.proto.v1 import device_service_pb2 as pb
 from lorikit.proto.v1 import device_service_pb2_grpc as rpc
 from lorikit.proto.wire import (
@@ -50,21 +46,15 @@ from lorikit.sdk._channels import enrol_address, open_channel
 from lorikit.sdk._config import ClientConfig
 from lorikit.sdk._errors import (
     CancelledError,
-    CertificateExpiredError,
-    CertificateForeignError,
-    CertificateRequiredError,
-    CertificateRevokedError,
     ConnectionLostError,
     DamagedBlobError,
-    EnrolmentRefusedError,
     IdentityError,
     LorikitError,
     PackageError,
     ProtocolVersionError,
-    RoleRequiredError,
-    RoundClosedError,
     ServerRefusedError,
 )
+from lorikit.sdk._wire_errors import bounded_seconds, wire_errors
 
 logger = logging.getLogger(__name__)
 
@@ -339,7 +329,7 @@ class GrpcTransport:
         """See ``Transport``."""
         request = pb.HeartbeatRequest(task_id=task_id, state=state, step=step, steps=steps)
         reply = self._call(self._stub.Heartbeat, request)
-        return Lease(go_on=reply.go_on, lease_seconds=_bounded_seconds(reply.lease_seconds))
+        return Lease(go_on=reply.go_on, lease_seconds=bounded_seconds(reply.lease_seconds))
 
     def next_task(self, wait_seconds: float, profile: Profile | None) -> Offer:
         """See ``Transport``."""
@@ -373,7 +363,7 @@ class GrpcTransport:
             ConnectionLostError: Nobody answers there.
         """
         request = pb.CheckCertificateRequest(certificate=self._certificate)
-        with self._open(self._enrol_server) as channel, _wire_errors():
+        with self._open(self._enrol_server) as channel, wire_errors():
             call = rpc.DeviceServiceStub(channel).CheckCertificate.future(
                 request, timeout=_WHY_SECONDS, metadata=tuple(self._metadata)
             )
@@ -467,7 +457,7 @@ class GrpcTransport:
     def _errors(self) -> Iterator[None]:
         """The SDK's errors for those of the wire, also for what TLS turned away without a word."""
         try:
-            with _wire_errors():
+            with wire_errors():
                 yield
         except ConnectionLostError as error:
             if self._certificate and error.retry_seconds is None:
@@ -505,92 +495,14 @@ class GrpcTransport:
             call.cancel()
 
 
-ERRORS: Mapping[ErrorCode, type[LorikitError]] = {
-    ErrorCode.PROTOCOL_UNSUPPORTED: ProtocolVersionError,
-    ErrorCode.REQUEST_INVALID: ServerRefusedError,
-    ErrorCode.IDENTITY_REQUIRED: IdentityError,
-    ErrorCode.ENROLMENT_REFUSED: EnrolmentRefusedError,
-    ErrorCode.CERTIFICATE_REQUIRED: CertificateRequiredError,
-    ErrorCode.CERTIFICATE_FOREIGN: CertificateForeignError,
-    ErrorCode.CERTIFICATE_EXPIRED: CertificateExpiredError,
-    ErrorCode.CERTIFICATE_REVOKED: CertificateRevokedError,
-    ErrorCode.ROLE_REQUIRED: RoleRequiredError,
-    ErrorCode.RATE_LIMITED: ConnectionLostError,
-    ErrorCode.STREAM_STALLED: ConnectionLostError,
-    ErrorCode.TASK_UNKNOWN: RoundClosedError,
-    ErrorCode.ROUND_CLOSED: RoundClosedError,
-    ErrorCode.BLOB_UNKNOWN: PackageError,
-    ErrorCode.OFFSET_INVALID: ServerRefusedError,
-    ErrorCode.UPDATE_CORRUPT: ServerRefusedError,
-    ErrorCode.UPDATE_INVALID: ServerRefusedError,
-    ErrorCode.UPDATE_TOO_LARGE: ServerRefusedError,
-    ErrorCode.UPDATE_REPLAYED: ServerRefusedError,
-    ErrorCode.RUN_UNKNOWN: ServerRefusedError,
-    ErrorCode.RUN_EXISTS: ServerRefusedError,
-    ErrorCode.CONFIG_INVALID: ServerRefusedError,
-    ErrorCode.ADAPTER_UNKNOWN: ServerRefusedError,
-    ErrorCode.SERVER_BUSY: ConnectionLostError,
-    ErrorCode.SERVER_STOPPING: ConnectionLostError,
-    ErrorCode.STORAGE_FULL: ConnectionLostError,
-    ErrorCode.INTERNAL: ServerRefusedError,
-}
-"""The device's error for each code of the server; a test holds the table complete."""
-
-_UNCODED: Mapping[grpc.StatusCode, type[LorikitError]] = {
-    grpc.StatusCode.UNAVAILABLE: ConnectionLostError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: ConnectionLostError,
-    grpc.StatusCode.CANCELLED: ConnectionLostError,
-    grpc.StatusCode.ABORTED: ConnectionLostError,
-    grpc.StatusCode.INTERNAL: ConnectionLostError,
-    grpc.StatusCode.UNKNOWN: ConnectionLostError,
-    grpc.StatusCode.DATA_LOSS: ConnectionLostError,
-    grpc.StatusCode.UNAUTHENTICATED: IdentityError,
-    grpc.StatusCode.PERMISSION_DENIED: IdentityError,
-    grpc.StatusCode.UNIMPLEMENTED: ProtocolVersionError,
-}
-"""The device's error where gRPC, a proxy or a foreign server speaks instead of ours."""
-
-
-def error_from(error: grpc.RpcError) -> LorikitError:
-    """The SDK's error for an error of the wire."""
-    assert isinstance(error, grpc.Call)  # what every failed call raises
-    trailers = {key: value for key, value in error.trailing_metadata() or ()}
-    sentence = error.details() or ""
-    try:
-        code = ErrorCode(str(trailers[ERROR_METADATA]))
-    except (KeyError, ValueError):
-        known = _UNCODED.get(error.code())
-        text = f"{error.code().name}: {sentence}"
-        return ServerRefusedError(None, text) if known is None else known(text)
-    kind = ERRORS[code]
-    sentence = sentence or STATUS[code].sentence
-    if issubclass(kind, ServerRefusedError):
-        return kind(code, sentence)
-    if issubclass(kind, ConnectionLostError):
-        return kind(sentence, retry_seconds=_seconds(trailers.get(RETRY_METADATA)))
-    return kind(sentence)
-
-
-@contextlib.contextmanager
-def _wire_errors() -> Iterator[None]:
-    try:
-        yield
-    except grpc.FutureCancelledError as error:
-        raise CancelledError("the call was interrupted") from error
-    except grpc.RpcError as error:
-        if isinstance(error, grpc.Future) and error.cancelled():
-            raise CancelledError("the call was interrupted") from error
-        raise error_from(error) from error
-
-
 def _offer(reply: pb.NextTaskResponse) -> Offer:
     match reply.WhichOneof("outcome"):
         case "task":
             return _task(reply.task)
         case "wait":
             return RetryWindow(
-                min_seconds=_bounded_seconds(reply.wait.min_seconds),
-                max_seconds=_bounded_seconds(reply.wait.max_seconds),
+                min_seconds=bounded_seconds(reply.wait.min_seconds),
+                max_seconds=bounded_seconds(reply.wait.max_seconds),
             )
         case "refused":
             return Refusal(
@@ -610,7 +522,7 @@ def _task(message: pb.Task) -> Task | UnreadableTask:
             round=message.round,
             kind=message.kind,
             update_id=message.update_id,
-            lease_seconds=_bounded_seconds(message.lease_seconds),
+            lease_seconds=bounded_seconds(message.lease_seconds),
             plan=plan_from_message(message.plan),
             package=blob_from_message(message.package),
             adapter=blob_from_message(message.adapter),
@@ -664,15 +576,3 @@ def _upload_messages(
             chunk=pb.UploadChunk(offset=offset, data=chunk, chunk_digest=digest)
         )
         on_sent(offset + len(chunk))
-
-
-def _seconds(text: str | bytes | None) -> float | None:
-    try:
-        return None if text is None else _bounded_seconds(float(text))
-    except ValueError:
-        return None
-
-
-def _bounded_seconds(seconds: float) -> float:
-    """A time that a server asked for, between nothing and a day; no number counts as nothing."""
-    return min(max(seconds, 0.0), MAX_WINDOW_SECONDS) if not math.isnan(seconds) else 0.0
