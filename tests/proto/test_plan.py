@@ -50,6 +50,8 @@ def test_optimizer_out_of_range_is_refused(changes: dict[str, object], reason: s
     [
         ({"train": ()}, "phase 'train' trains nothing"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 10_000_001}, "steps must be at most 10000000, got 10000001"),
+        ({"batch_size": 65_537}, "batch_size must be at most 65536, got 65537"),
         ({"micro_batch": 0}, "micro_batch must lie in 1..8"),
         ({"micro_batch": 9}, r"micro_batch must lie in 1..8 \(batch_size\), got 9"),
         ({"batch_size": 0}, "micro_batch must lie in 1..0"),
@@ -86,6 +88,7 @@ def test_plan_of_operations_alone_is_accepted() -> None:
     ("changes", "reason"),
     [
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"max_length": (1 << 20) + 1}, "max_length must be at most 1048576, got 1048577"),
         ({"inputs": {"lora_scale": math.inf}}, r"inputs\['lora_scale'\] must be finite, got inf"),
     ],
 )

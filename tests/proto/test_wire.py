@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorikit.proto.device import EngineInfo, Profile, TrainingReport
+from lorikit.proto.limits import MAX_LENGTH, MAX_PLAN_STEPS
 from lorikit.proto.manifest import BlobRef, ManifestError
 from lorikit.proto.plan import (
     OPERATIONS,
@@ -78,7 +79,7 @@ phases = st.integers(1, 512).flatmap(
         Phase,
         name=text,
         train=tuples(text, least=1),
-        steps=st.integers(1, 2**32 - 1),
+        steps=st.integers(1, MAX_PLAN_STEPS),
         batch_size=st.just(batch_size),
         micro_batch=st.integers(1, batch_size),
         optimizer=optimizers,
@@ -122,7 +123,7 @@ plans = st.builds(
     operations=tuples(operations),
     send=tuples(text),
     codec=text,
-    max_length=st.integers(1, 2**32 - 1),
+    max_length=st.integers(1, MAX_LENGTH),
     seed=uint64,
     facts=facts,
     wire=st.none() | wires,
@@ -284,3 +285,24 @@ def test_optimizer_of_a_sender_that_knows_fewer_fields_is_as_it_was() -> None:
 )
 def test_typed_value_and_message_have_the_same_fields(typed: type, message: Descriptor) -> None:
     assert {field.name for field in dataclasses.fields(typed)} == set(message.fields_by_name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: plan.phases.extend([plan_pb2.Phase()] * 65),
+        lambda plan: plan.operations.extend([plan_pb2.Operation()] * 257),
+        lambda plan: plan.send.extend(["x"] * 100_001),
+        lambda plan: plan.facts.kept_layers.extend([0] * 100_001),
+        lambda plan: plan.phases.add().train.extend(["x"] * 100_001),
+        lambda plan: (
+            plan.operations.add(name="x").arguments["a"].integers.items.extend([0] * 100_001)
+        ),
+    ],
+)
+def test_plan_with_too_many_parts_is_refused(change) -> None:
+    message = plan_pb2.Plan(version=1, method="x")
+    change(message)
+
+    with pytest.raises(PlanError, match="allowed"):
+        plan_from_message(message)

@@ -60,5 +60,23 @@ MAX_SENTENCE = 2000
 MAX_WINDOW_SECONDS = 86_400.0
 """Longest time that a server may ask a device to wait."""
 
+MAX_PLAN_PHASES = 64
+"""Most phases of a plan."""
+
+MAX_PLAN_OPERATIONS = 256
+"""Most operations of a plan, or of a phase."""
+
+MAX_PLAN_LIST = 100_000
+"""Most names or numbers in one list of a plan."""
+
+MAX_PLAN_STEPS = 10_000_000
+"""Most optimiser steps of a phase."""
+
+MAX_BATCH = 65_536
+"""Most examples of an optimiser step."""
+
+MAX_LENGTH = 1 << 20
+"""Longest input in tokens."""
+
 MAX_BUNDLE_BYTES = 1 << 30
 """Largest bundle either end decodes, unless it sets a lower bound of its own."""

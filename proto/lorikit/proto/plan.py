@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lorikit.proto.limits import MAX_BATCH, MAX_LENGTH, MAX_PLAN_STEPS
+
 PLAN_VERSION = 1
 """Plan format that this version writes, and the highest it reads."""
 
@@ -153,6 +155,11 @@ class Phase:
             raise PlanError(f"phase {self.name!r} trains nothing")
         if self.steps < 1:
             raise PlanError(f"phase {self.name!r}: steps must be at least 1, got {self.steps}")
+        for name, most in (("steps", MAX_PLAN_STEPS), ("batch_size", MAX_BATCH)):
+            if getattr(self, name) > most:
+                raise PlanError(
+                    f"phase {self.name!r}: {name} must be at most {most}, got {getattr(self, name)}"
+                )
         if not 1 <= self.micro_batch <= self.batch_size:
             raise PlanError(
                 f"phase {self.name!r}: micro_batch must lie in 1..{self.batch_size} (batch_size), "
@@ -283,6 +290,8 @@ class Plan:
             raise PlanError("plan does nothing: it has neither phases nor operations")
         if self.max_length < 1:
             raise PlanError(f"max_length must be at least 1, got {self.max_length}")
+        if self.max_length > MAX_LENGTH:
+            raise PlanError(f"max_length must be at most {MAX_LENGTH}, got {self.max_length}")
         for name, value in self.inputs.items():
             if not math.isfinite(value):
                 raise PlanError(f"inputs[{name!r}] must be finite, got {value}")

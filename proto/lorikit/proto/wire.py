@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 from lorikit.proto.device import EngineInfo, Profile, TrainingReport
+from lorikit.proto.limits import MAX_PLAN_LIST, MAX_PLAN_OPERATIONS, MAX_PLAN_PHASES
 from lorikit.proto.manifest import BlobRef
 from lorikit.proto.plan import (
     IMPORTANCES,
@@ -47,6 +48,7 @@ def plan_from_message(message: plan_pb2.Plan) -> Plan:
     """
     if message.version != PLAN_VERSION:
         raise PlanError(f"plan version {message.version} is not {PLAN_VERSION}; update the SDK")
+    _check_counts(message)
     facts = message.facts
     return Plan(
         version=message.version,
@@ -69,6 +71,29 @@ def plan_from_message(message: plan_pb2.Plan) -> Plan:
         ),
         wire=_wire_from_message(message.wire) if message.HasField("wire") else None,
     )
+
+
+def _check_counts(plan: plan_pb2.Plan) -> None:
+    """Refuse a plan with more parts than any plan has, before typed values are made of them."""
+    counts = [
+        ("phases", len(plan.phases), MAX_PLAN_PHASES),
+        ("operations", len(plan.operations), MAX_PLAN_OPERATIONS),
+        ("send", len(plan.send), MAX_PLAN_LIST),
+        ("inputs", len(plan.inputs), MAX_PLAN_LIST),
+        ("facts.trained_layers", len(plan.facts.trained_layers), MAX_PLAN_LIST),
+        ("facts.kept_layers", len(plan.facts.kept_layers), MAX_PLAN_LIST),
+    ]
+    for phase in plan.phases:
+        counts.append(("phase.train", len(phase.train), MAX_PLAN_LIST))
+        counts.append(
+            ("phase.gradient_operations", len(phase.gradient_operations), MAX_PLAN_OPERATIONS)
+        )
+        counts.append(
+            ("phase.learning_rate_factors", len(phase.learning_rate_factors), MAX_PLAN_LIST)
+        )
+    for name, count, most in counts:
+        if count > most:
+            raise PlanError(f"{name} has {count} entries, {most} allowed")
 
 
 def profile_to_message(profile: Profile) -> device_service_pb2.Profile:
@@ -192,5 +217,9 @@ def _value_from_message(message: plan_pb2.Value) -> Value:
         raise PlanError("an operation's argument has no value of a known kind; update the SDK")
     value = getattr(message, kind)
     if kind in ("numbers", "integers", "texts"):
+        if len(value.items) > MAX_PLAN_LIST:
+            raise PlanError(
+                f"an operation's argument has {len(value.items)} entries, {MAX_PLAN_LIST} allowed"
+            )
         return tuple(value.items)
     return value  # type: ignore[no-any-return]  # one of the scalar kinds

@@ -25,6 +25,7 @@ from lorikit.proto.limits import (
     DEVICE_METADATA,
     MAX_CERTIFICATE_BYTES,
     MAX_CHUNK_BYTES,
+    MAX_LENGTH,
     MAX_SENTENCE,
     MAX_TEXT,
     PROTOCOL_METADATA,
@@ -544,7 +545,7 @@ def _finished(message: pb.Finished) -> Finished:
             package=blob_from_message(message.package) if message.HasField("package") else None,
             adapter=blob_from_message(message.adapter) if message.HasField("adapter") else None,
             inputs=dict(message.inputs),
-            max_length=message.max_length,
+            max_length=min(message.max_length, MAX_LENGTH),
             package_signature=message.package_signature,
         )
     except ManifestError as error:
