@@ -29,6 +29,7 @@ def load(name: str) -> ModuleType:
 
 
 curves, growth = load("curves"), load("growth")
+wire, wire_picture = load("wire"), load("wire_picture")
 
 
 def curve(
@@ -121,3 +122,36 @@ def test_a_point_trains_layers_from_the_top_and_keeps_them_from_the_bottom() -> 
     assert variant["lowest_trained_layer"] == 4
     assert variant["kept_layers"] == (0, 1, 2, 3)
     assert variant["recomputed_layers"] == (0, 1)
+
+
+def federated(scheme: str, seed: int, accuracy: float, size: float) -> dict[str, Any]:
+    sizes = {"bytes_up": size, "bytes_down": 2 * size}
+    return {"data": "d", "scheme": scheme, "seed": seed, "accuracy": accuracy, **sizes}
+
+
+def test_schemes_are_compared_with_fp32_seed_by_seed() -> None:
+    rows = [
+        federated("fp32", 0, 0.80, 100),
+        federated("fp32", 1, 0.90, 100),
+        federated("int4", 0, 0.79, 10),
+        federated("int4", 1, 0.91, 14),
+        federated("int4", 2, 0.10, 99),
+    ]
+    plain, few = wire.summary(rows)
+    assert (plain["points_against_fp32"], plain["up_of_fp32"]) == (0, 1)
+    assert few["seeds"] == 3
+    assert few["points_against_fp32"] == pytest.approx(0)
+    assert few["points_sd"] == pytest.approx(2**0.5)
+    assert few["up_of_fp32"] == few["down_of_fp32"] == pytest.approx(0.12)
+    assert wire_picture.table([few]).splitlines()[-1] == (
+        "| d | int4 | 3 | 60.0 ± 43.7 | +0.0 ± 1.4 | 41 (12.0%) | 82 (12.0%) |"
+    )
+
+
+def test_a_scheme_holds_both_ways_within_its_budget() -> None:
+    settings = wire.both_ways(wire.budgeted(wire.SCHEMES["adaptive 1/12"], 300))
+    assert settings["downlink_codec"] == settings["codec"] == "adaptive"
+    assert settings["downlink_options"] == settings["codec_options"] == {"budget_bytes": 100}
+    without = wire.both_ways(wire.SCHEMES["int4"])
+    assert without["codec_options"] == {"error_feedback": False}
+    assert without["downlink_options"] == {}
