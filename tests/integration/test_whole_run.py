@@ -32,6 +32,7 @@ METHODS = {
     "legend": {},
     "fedra": {"capacity": "budget"},
     "flexlora": {"rank_rule": "budget"},
+    "frlora": {},
 }
 RANKS = {"hetlora": [2, 4, 8], "flexlora": [2, 4, 8]}
 """Rank classes that the limits below make; one, of rank 8, for the other methods."""

@@ -224,6 +224,10 @@ def test_run_that_can_work_is_let_through(model):
             "server_optimizer_options has no momentum",
         ),
         ({"method": "flexlora", "server_optimizer": "adam"}, "flexlora makes new factors"),
+        (
+            {"method": "flora", "adapter": "ia3"},
+            "FLoRA changes the base beside LoRA, and 'ia3' has no LoRA modules; set lora, or use",
+        ),
     ],
 )
 def test_run_that_cannot_work_is_refused(model, changes, sentence):
