@@ -98,6 +98,8 @@ class Assignment:
     operations: tuple[Operation, ...] = ()
     train: bool = True
     """False: no training, operations only (for example ``class_sums``)."""
+    precision: str = ""
+    """Of the base that the device holds; the planner's choice, empty before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
