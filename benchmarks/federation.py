@@ -208,7 +208,7 @@ class Federation:
             self._run_id,
             config,
             RunParts(
-                method=make_method(config),
+                method=make_method(config, model.compiler.bases(config.possible_precisions)),
                 source=model.compiler,
                 planner=GivenChoices(config, members, model.compiler.layer_count),
                 export=lambda *_: None,

@@ -42,6 +42,9 @@ from lorikit.server.identity.setup import open_identity, server_credentials
 from lorikit.server.learning import LearntMemory
 from lorikit.server.methods import FACTS, base_delta_rank, build_method
 from lorikit.server.methods.base import Method
+from lorikit.server.methods.base_correction import Bases, CorrectionConfig
+from lorikit.server.methods.corrected import Corrected
+from lorikit.server.methods.corrections import build_correction
 from lorikit.server.methods.head_start import HeadStart, HeadStartConfig
 from lorikit.server.methods.server_optimizer import ServerOptimizer, ServerOptimizerConfig
 from lorikit.server.offload import Offload
@@ -478,8 +481,43 @@ def check_run(config: RunConfig) -> None:
         raise RequestError(ErrorCode.CONFIG_INVALID, str(error)) from error
 
 
-def make_method(config: RunConfig) -> Method:
+def correction_of(config: RunConfig) -> CorrectionConfig | None:
+    """What is done about bases of different precisions in a run; None where all are the same.
+
+    Raises:
+        ValueError: Unknown option, a value out of range, or a correction that this adapter has not.
+    """
+    is_mixed, name = len(config.possible_precisions) > 1, config.base_correction
+    if name == "auto":
+        name = "compensator" if is_mixed and config.adapter == "lora" else "none"
+    if name == "compensator" and config.adapter != "lora":
+        raise ValueError(
+            f"base_correction: a compensator goes with LoRA, the adapter is {config.adapter}; set "
+            "it to none"
+        )
+    chosen = _from_options(
+        CorrectionConfig,
+        {"name": name, **config.base_correction_options},
+        "base_correction_options",
+    )
+    return chosen if is_mixed else None
+
+
+def delta_rank_of(config: RunConfig) -> int | None:
+    """Largest rank of the base deltas in a run's packages; 0 for no limit, None for no deltas."""
+    own = base_delta_rank(config.method, config.method_options, max_rank=config.max_rank)
+    correction = correction_of(config)
+    if correction is None or correction.name != "compensator":
+        return own
+    return 0 if own == 0 else (own or 0) + correction.rank
+
+
+def make_method(config: RunConfig, bases: Bases | None = None) -> Method:
     """The method of a run, with its wrappers.
+
+    Args:
+        config: Settings of the run.
+        bases: The base model at the run's precisions; None leaves the correction for them out.
 
     Raises:
         ValueError: Unknown method or option, or a value out of range.
@@ -499,6 +537,13 @@ def make_method(config: RunConfig) -> Method:
         }
         settings = _from_options(ServerOptimizerConfig, options, "server_optimizer_options")
         method = ServerOptimizer(method, settings)
+    correction = correction_of(config)
+    if correction is not None and bases is not None:
+        method = Corrected(
+            method,
+            build_correction(bases, correction),
+            uses_deltas=FACTS[config.method].changes_base,
+        )
     if config.head_start == "class-means":
         start = _from_options(HeadStartConfig, config.head_start_options, "head_start_options")
         method = HeadStart(method, start)
@@ -519,9 +564,7 @@ def open_run_parts(config: RunConfig, blobs: FolderBlobs) -> RunParts:
             targets=config.targets,
             size=config.adapter_size,
             dropout=config.lora_dropout,
-            delta_rank=base_delta_rank(
-                config.method, config.method_options, max_rank=config.max_rank
-            ),
+            delta_rank=delta_rank_of(config),
             principal_scale=config.lora_scale
             if FACTS[config.method].start == "principal"
             else None,
@@ -547,7 +590,7 @@ def open_run_parts(config: RunConfig, blobs: FolderBlobs) -> RunParts:
         )
 
     return RunParts(
-        method=make_method(config),
+        method=make_method(config, compiler.bases(config.possible_precisions)),
         source=compiler,
         planner=Planner(
             compiler,

@@ -26,6 +26,7 @@ from lorikit.proto.manifest import Task
 from lorikit.proto.plan import OptimizerConfig
 from lorikit.proto.status import ErrorCode
 from lorikit.server.errors import LorikitError, RequestError
+from lorikit.server.methods.base_correction import CorrectionName
 
 _MAX_EVALUATION_LINE = 1 << 20
 
@@ -159,6 +160,15 @@ class RunConfig(_Settings):
     class_precisions: dict[str, Annotated[tuple[Precision, ...], Field(min_length=1)]] = {}
     """Precisions that devices of a class may get instead, by the class that they report."""
 
+    base_correction: CorrectionName | Literal["auto"] = "auto"
+    """What is done where devices hold bases of different precisions: ``compensator``,
+    ``effective-weight``, ``function-space``, ``precision-weight`` or ``none``; ``auto`` is
+    ``compensator`` where the precisions above allow different ones and the adapter is LoRA."""
+
+    base_correction_options: dict[str, JsonValue] = {}
+    """Its options by name: ``rank`` of a compensator, ``activation_aware``, ``share`` of
+    ``effective-weight``, ``floor`` of ``precision-weight``."""
+
     codec: str = "fp32"
     """Wire codec of updates: ``fp32``, ``fp16``, ``bf16`` as plain values; ``int8-block64``,
     ``int6``, ``int4``, ``int3``, ``int2``, ``int1``, ``topk`` or ``adaptive`` as changes against
@@ -262,6 +272,13 @@ class RunConfig(_Settings):
                 "a round could not be sure to reach it"
             )
         return self
+
+    @property
+    def possible_precisions(self) -> tuple[str, ...]:
+        """Every precision that a device of the run may get, sorted."""
+        return tuple(
+            sorted({*self.precisions, *(p for c in self.class_precisions.values() for p in c)})
+        )
 
     @property
     def needed_updates(self) -> int:

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -469,6 +469,7 @@ class RoundWork:
             raise LorikitError(f"method assigned work to unknown device {assignment.device_id}")
         profile = profile_from_json(device.profile)
         choice = self.parts.planner.choose(profile, assignment)
+        assignment = replace(assignment, precision=choice.precision)
         package = self._package(assignment, choice)
         plan = build_plan(
             self.config,
@@ -607,7 +608,7 @@ class RoundWork:
         (assignment,) = self.parts.method.assign(state, self._space, rounds, [participant], rng)
         choice = self.parts.planner.choose(profile_from_json(device.profile), assignment)
         made = self._package(assignment, choice)
-        return assignment, (made.ref.digest, made.ref.size)
+        return replace(assignment, precision=choice.precision), (made.ref.digest, made.ref.size)
 
 
 def profile_from_json(text: str) -> Profile:

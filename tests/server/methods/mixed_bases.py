@@ -122,81 +122,84 @@ class MixedFederation:
         )
 
     def round(self, number: int) -> None:
-        self.state = self.method.aggregate(
-            self.state,
-            self.space,
-            [self.update(device, number) for device in range(len(self.precisions))],
-        )
-
-    def update(self, device: int, number: int) -> Contribution:
-        """What a device sends after training on its own base."""
-        assignment = self.assignment(device)
-        received = self.method.broadcast(self.state, self.space, assignment)
-        values = {n: torch.from_numpy(v.copy()) for n, v in received.items()}
-        trained = [n for n in values if ".lora_" in n]
-        for name in trained:
-            values[name].requires_grad_()
-        optimizer = torch.optim.Adam([values[n] for n in trained], lr=5e-3)
-        x = torch.from_numpy(self.bases.inputs(1000 * number + device, 64))
+        """Train on every device, each on its own base and inputs, and aggregate."""
+        given = [self._given(device) for device in range(len(self.precisions))]
+        values = {
+            name: torch.stack([torch.from_numpy(adapter[name]) for adapter in given])
+            for name in given[0]
+            if ".lora_" in name
+        }
+        for value in values.values():
+            value.requires_grad_()
+        bases = self._bases(given)
+        devices = range(len(given))
+        x = torch.stack([self._inputs(1000 * number + device, 64) for device in devices])
         wanted = self._teach(x)
+        optimizer = torch.optim.Adam(values.values(), lr=5e-3)
         for _ in range(self.steps):
             optimizer.zero_grad()
-            loss = torch.nn.functional.mse_loss(
-                self._forward(x, values, assignment.precision), wanted
-            )
-            loss.backward()
+            # A sum over devices: each gradient is that of its own mean loss.
+            (_forward(x, bases, values) - wanted).square().mean(dim=(1, 2)).sum().backward()
             optimizer.step()
-        tensors = {n: values[n].detach().numpy() for n in trained}
-        return Contribution(
-            device_id=assignment.device_id,
-            assignment=assignment,
-            tensors=tensors,
-            scalars={},
-            examples=64,
-        )
+        updates = [
+            Contribution(
+                device_id=f"device-{device}",
+                assignment=self.assignment(device),
+                tensors={n: v[device].detach().numpy() for n, v in values.items()},
+                scalars={},
+                examples=64,
+            )
+            for device in devices
+        ]
+        self.state = self.method.aggregate(self.state, self.space, updates)
 
     def loss(self) -> float:
         """Mean loss over the devices' own bases, each with what it would receive next."""
-        x = torch.from_numpy(self.bases.inputs(-1 % 2**31, 2000))
-        wanted = self._teach(x)
-        losses = []
-        for device in range(len(self.precisions)):
-            assignment = self.assignment(device)
-            received = self.method.broadcast(self.state, self.space, assignment)
-            values = {n: torch.from_numpy(v) for n, v in received.items()}
-            with torch.no_grad():
-                given = self._forward(x, values, assignment.precision)
-            losses.append(float(torch.nn.functional.mse_loss(given, wanted)))
-        return float(np.mean(losses))
-
-    def exact_loss(self) -> float:
-        """Loss of the global adapter on the exact base."""
-        x = torch.from_numpy(self.bases.inputs(-1 % 2**31, 2000))
-        adapter = self.method.global_adapter(self.state, self.space)
-        values = {n: torch.from_numpy(v) for n, v in adapter.items()}
+        given = [self._given(device) for device in range(len(self.precisions))]
+        values = {
+            name: torch.stack([torch.from_numpy(adapter[name]) for adapter in given])
+            for name in given[0]
+            if ".lora_" in name
+        }
+        x = self._inputs(1 << 20, 1000).expand(len(given), -1, -1)
         with torch.no_grad():
-            given = self._forward(x, values, "fp32")
-        return float(torch.nn.functional.mse_loss(given, self._teach(x)))
+            away = _forward(x, self._bases(given), values) - self._teach(x)
+        return float(away.square().mean())
+
+    def _given(self, device: int) -> Tensors:
+        return self.method.broadcast(self.state, self.space, self.assignment(device))
+
+    def _bases(self, given: list[Tensors]) -> dict[str, torch.Tensor]:
+        """What each device's frozen part computes with, [devices, d_out, d_in] by module."""
+        bases = {}
+        for module in MODULES:
+            own = []
+            for precision, adapter in zip(self.precisions, given, strict=True):
+                base = self.bases.weights(module) + self.bases.error(precision, module)
+                if f"{module}.base_delta_A" in adapter:
+                    delta = adapter[f"{module}.base_delta_B"] @ adapter[f"{module}.base_delta_A"]
+                    base = base + delta
+                own.append(torch.from_numpy(base))
+            bases[module] = torch.stack(own)
+        return bases
+
+    def _inputs(self, seed: int, count: int) -> torch.Tensor:
+        return torch.from_numpy(self.bases.inputs(seed, count))
 
     def _teach(self, x: torch.Tensor) -> torch.Tensor:
-        for number, module in enumerate(MODULES):
-            weights = self.bases.weights(module) + self.teacher[module].astype("f4")
-            x = x @ torch.from_numpy(weights).T
-            x = torch.relu(x) if number == 0 else x
-        return x
+        up, down = (
+            torch.from_numpy(self.bases.weights(module) + self.teacher[module].astype("f4"))
+            for module in MODULES
+        )
+        return torch.relu(x @ up.T) @ down.T
 
-    def _forward(
-        self, x: torch.Tensor, values: dict[str, torch.Tensor], precision: str
-    ) -> torch.Tensor:
-        for number, module in enumerate(MODULES):
-            error = self.bases.error(precision, module)
-            base = torch.from_numpy(self.bases.weights(module) + error)
-            a, b = values[f"{module}.lora_A.weight"], values[f"{module}.lora_B.weight"]
-            y = x @ base.T + SCALE * (x @ a.T) @ b.T
-            if f"{module}.base_delta_A" in values:
-                y = (
-                    y
-                    + (x @ values[f"{module}.base_delta_A"].T) @ values[f"{module}.base_delta_B"].T
-                )
-            x = torch.relu(y) if number == 0 else y
-        return x
+
+def _forward(
+    x: torch.Tensor, bases: dict[str, torch.Tensor], values: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """[devices, samples, width] to the same."""
+    for module in MODULES:
+        a, b = values[f"{module}.lora_A.weight"], values[f"{module}.lora_B.weight"]
+        y = x @ bases[module].mT + SCALE * (x @ a.mT) @ b.mT
+        x = torch.relu(y) if module == MODULES[0] else y
+    return x

@@ -148,15 +148,16 @@ def repaired_share(
         root: S of the inputs; None for the identity.
 
     Returns:
-        ``kappa = max(0, -<Delta S, P E S> / ||P E S||^2)``, 1 for all and 0 for none, and
-        ``kappa^2 ||P E S||^2``. Both are 0 where the pair spans none of the error.
+        ``kappa = -<Delta S, P E S> / ||P E S||^2`` within [0, 1], and ``kappa^2 ||P E S||^2``.
+        Both are 0 where the pair spans none of the error.
     """
     rows = _at_output(a, root)
     seen, gram = seen_by(error, a, b, root), rows @ rows.T
     length = float(np.sum((seen @ gram) * seen))
     if length <= 0:
         return 0.0, 0.0
-    share = max(0.0, -scale * float(np.sum((b.astype(np.float64) @ gram) * seen)) / length)
+    share = -scale * float(np.sum((b.astype(np.float64) @ gram) * seen)) / length
+    share = min(1.0, max(0.0, share))
     return share, share**2 * length
 
 

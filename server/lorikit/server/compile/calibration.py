@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from lorikit.proto.manifest import BlobRef
 from lorikit.proto.tensors import Array, Float32, Tensors
 from lorikit.server.aggregate.base_error import whitening
 from lorikit.server.aggregate.product import Float64
@@ -59,7 +58,7 @@ def input_moments(
     batches: Iterator[Batch],
     *,
     adapter: Tensors,
-    path_of: Callable[[BlobRef], Path],
+    folder: Path,
 ) -> dict[str, Float64]:
     """X X^T of every LoRA module's inputs, of the exact model, [d_in, d_in].
 
@@ -71,7 +70,7 @@ def input_moments(
         base: The exact one.
         batches: Calibration inputs.
         adapter: Start values, of which B is zero, and everything else the graph reads.
-        path_of: Folder of the base's blobs, where the graph is written for a moment.
+        folder: Of the base's blobs, where the graph is written for a moment.
 
     Returns:
         Moments by module; empty where all together would exceed ``MOST_BYTES``.
@@ -87,7 +86,7 @@ def input_moments(
     names = sorted(widths)
     graph.outputs = [Port(n, np.dtype(np.float32), graph.shape(n)) for n in names]
     graph, _ = with_base(graph, base, exact)
-    session = _opened(graph, path_of(next(iter(base.layer_blobs.values()))).parent)
+    session = _opened(graph, folder)
     wanted = {port.name for port in session.get_inputs()}
     fixed = {"lora_scale": np.asarray(1.0, np.float32), **adapter}
     moments = {name: np.zeros((widths[name], widths[name])) for name in names}
@@ -150,10 +149,10 @@ def _values_read(graph: Graph, model: Model) -> dict[str, str]:
     }
 
 
-def _opened(graph: Graph, blobs: Path) -> onnxruntime.InferenceSession:
+def _opened(graph: Graph, folder: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    with tempfile.NamedTemporaryFile(dir=blobs, prefix=".calibration-", suffix=".onnx") as file:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".calibration-", suffix=".onnx") as file:
         file.write(to_onnx(graph).SerializeToString(deterministic=True))
         file.flush()
         return onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])

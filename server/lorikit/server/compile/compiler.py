@@ -17,7 +17,9 @@ import onnxruntime
 from lorikit.proto.manifest import BlobRef, Manifest, Task, dump
 from lorikit.proto.manifest import Graph as GraphRow
 from lorikit.proto.tensors import Float32, Tensors
+from lorikit.server.aggregate.product import Float64
 from lorikit.server.compile.base_deltas import add_base_deltas
+from lorikit.server.compile.calibration import QuantizedBases, input_moments, synthetic_batches
 from lorikit.server.compile.decoding import (
     cache_shape,
     can_decode,
@@ -244,6 +246,16 @@ class Compiler:
             if t.trained or not trained
         )
 
+    def bases(self, precisions: Sequence[str]) -> QuantizedBases:
+        """The adapted weights at some precisions, and what they read; for corrections."""
+        return QuantizedBases(
+            digest=self.model_digest,
+            precisions=tuple(precisions),
+            weights=self._adapted_weight,
+            stored=self._stored_weight,
+            moments=self._input_moments,
+        )
+
     def base_bytes(self, precision: str) -> int:
         """Bytes of the whole base at a precision, as a device downloads it."""
         with self._lock:
@@ -356,6 +368,28 @@ class Compiler:
         """Frozen weight by LoRA module, [d_out, d_in], as the model folder has it."""
         modules = {t.module for t in self._model.adapter if t.role == "lora_A"}
         return {m: self._model.base_weight(m).detach().numpy() for m in modules}
+
+    def _adapted_weight(self, module: str) -> Float32:
+        """Frozen weight of a LoRA module, as the model folder has it."""
+        return np.asarray(self._model.base_weight(module).detach().numpy(), np.float32)
+
+    def _stored_weight(self, precision: str, module: str) -> Float32:
+        """The same as a device with that precision computes with it."""
+        with self._lock:
+            return self._base(precision).decoded(f"{module}.base_layer.weight")
+
+    def _input_moments(self) -> dict[str, Float64]:
+        """Second moments of what LoRA modules read, on synthetic inputs."""
+        self._say("measuring what the adapted layers read")
+        with self._lock:
+            return input_moments(
+                self._forward,
+                self._model,
+                self._base("fp32"),
+                synthetic_batches(self._model),
+                adapter=self.initial(1, 0),
+                folder=self.blobs.folder,
+            )
 
     def _base(self, precision: str) -> Base:
         if precision not in self._bases:

@@ -113,9 +113,9 @@ class BaseDrift:
         return rows
 
     def shares(self) -> dict[str, float]:
-        """Mean kappa, at most 1, by ``<precision>/<module>``."""
+        """Mean kappa by ``<precision>/<module>``."""
         return {
-            f"{precision}/{module}": min(1.0, float(np.mean(values)))
+            f"{precision}/{module}": float(np.mean(values))
             for precision, each in sorted(self._classes.items())
             for module, values in sorted(each.shares.items())
         }

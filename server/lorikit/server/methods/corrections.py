@@ -147,8 +147,8 @@ class EffectiveWeights(Uncorrected):
 
     P projects on what a pair spans, so that M and T_s keep the pair's rank; only B moves, and any
     method averages the rest as it does. With pairs of full rank and kappa = 1, W + E_s + T_s is the
-    same for all bases. ``kappa_k = max(0, -<Delta_k, P_k E_k> / ||P_k E_k||^2)`` by layer where it
-    is measured.
+    same for all bases. ``kappa_k = -<Delta_k, P_k E_k> / ||P_k E_k||^2`` within [0, 1], by layer, where
+    it is measured.
     """
 
     def given(
@@ -177,10 +177,9 @@ class EffectiveWeights(Uncorrected):
             error = self.bases.error(assignment.precision, module)
             share = self.config.share
             if share < 0:
-                measured, _ = repaired_share(
+                share, _ = repaired_share(
                     error, a, b, scale=assignment.scale, root=self._root(module)
                 )
-                share = min(1.0, measured)
             if share:
                 steps[module] = share / assignment.scale * seen_by(error, a, b, self._root(module))
         return replace(contribution, tensors=_moved(space, contribution.tensors, steps))
