@@ -44,6 +44,7 @@ from lorikit.server.compile import Compiler
 from lorikit.server.config import EvaluationData, RunConfig
 from lorikit.server.demo.split import dirichlet_split
 from lorikit.server.methods.base import Assignment, Participant, State
+from lorikit.server.methods.base_correction import Bases
 from lorikit.server.methods.state import pack_state
 from lorikit.server.planner.planner import Choice
 from lorikit.server.plans import expected_from_json, identifier
@@ -208,7 +209,7 @@ class Federation:
             self._run_id,
             config,
             RunParts(
-                method=make_method(config, model.compiler.bases(config.possible_precisions)),
+                method=make_method(config, _bases(model, config)),
                 source=model.compiler,
                 planner=GivenChoices(config, members, model.compiler.layer_count),
                 export=lambda *_: None,
@@ -433,6 +434,13 @@ class GivenChoices:
             runtime="onnx",
             kernels=member.kernels,
         )
+
+
+def _bases(model: CompiledModel, config: RunConfig) -> Bases | None:
+    """What a correction that the settings name needs; ``auto`` leaves it out."""
+    if config.base_correction == "auto":
+        return None
+    return model.compiler.bases(config.possible_precisions)
 
 
 def _evaluation(rows: Sequence[Row], config: RunConfig) -> EvaluationData:

@@ -7,11 +7,12 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorikit.server.config import RunConfig
+from lorikit.server.report_drift import read_drift
 from lorikit.server.report_html import render
 from lorikit.server.store.sql import SqlStore
 from lorikit.server.store.tables import EvaluationRow, RoundRow, RunRow, TaskRow, UpdateRow
@@ -23,8 +24,8 @@ PAGE_FILE = "report.html"
 """Name of the page that shows it to people; it opens without a network."""
 
 
-def build_report(store: SqlStore, run_id: str) -> dict[str, Any]:
-    """The report of a run so far, from the store alone."""
+def build_report(store: SqlStore, run_id: str, folder: Path | None = None) -> dict[str, Any]:
+    """The report of a run so far, from the store and, where given, what is in the run's folder."""
     run = store.run(run_id)
     config = RunConfig.model_validate_json(run.config)
     evaluations = store.evaluations(run.id)
@@ -34,6 +35,7 @@ def build_report(store: SqlStore, run_id: str) -> dict[str, Any]:
             store.tasks(run.id, row.number),
             {update.task_id: update for update in store.updates(run.id, row.number)},
             [e for e in evaluations if e.round == row.number],
+            read_drift(folder, row.number) if folder else [],
         )
         for row in store.rounds(run.id)
     ]
@@ -70,7 +72,7 @@ def write_report(folder: Path, store: SqlStore, run_id: str) -> None:
     file stay. The page comes first, since ``written_state`` reads the other.
     """
     path = folder / REPORT_FILE
-    report = build_report(store, run_id)
+    report = build_report(store, run_id, folder)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         report["baselines"] = json.loads(path.read_bytes())["baselines"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,6 +97,7 @@ def _round(
     tasks: Iterable[TaskRow],
     updates: Mapping[str, UpdateRow],
     evaluations: Iterable[EvaluationRow],
+    drift: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     measured = {e.source: json.loads(e.metrics) for e in evaluations}
     server = measured.pop("server", {})
@@ -110,6 +113,7 @@ def _round(
         "bytes_down": sum(device["bytes_down"] for device in devices),
         "devices": devices,
         "device_metrics": measured,
+        "drift": drift,
     }
 
 

@@ -21,6 +21,7 @@ from lorikit.server.report_charts import (
     layer_chart,
     memory_chart,
 )
+from lorikit.server.report_drift import drift_chart, drift_rows
 
 Report = Mapping[str, Any]
 """The content of ``report.json``; unknown fields are ignored, optional ones may be absent."""
@@ -151,11 +152,33 @@ def _sections(report: Report, devices: Sequence[_Device]) -> list[str]:
             "trained. Dotted: not in that device's model.",
             layer_chart(_layer_rows(devices), layers=_layer_count(report, devices)),
         ),
+        *_drift_section(report),
         _section("Devices", "", _device_table(report, devices)),
         _section("Rounds", "", _round_table(rounds)),
         *_baseline_section(report),
     ]
 
+
+def _drift_section(report: Report) -> list[str]:
+    """Bases of different precisions, where a run has them."""
+    rows = drift_rows(report.get("rounds", ()))
+    if len(rows) < 2:
+        return []
+    return [
+        _section(
+            "Bases of different precisions",
+            "Means over the rounds. Left: how far the base's outputs are from the exact ones. "
+            "Middle: how much of the adapter undoes that instead of learning the task. Right: how "
+            "far the devices' mean update stands from that of all, by their weight.",
+            _LEGEND_OF_DRIFT + drift_chart(rows),
+        )
+    ]
+
+
+_LEGEND_OF_DRIFT = (
+    '<p class="keys"><span class="key reference"></span>before correction'
+    '<span class="key measured"></span>after correction</p>'
+)
 
 _LEGEND_OF_MEMORY = (
     '<p class="keys"><span class="key measured"></span>measured peak'

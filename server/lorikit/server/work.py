@@ -43,6 +43,7 @@ from lorikit.server.methods.base import (
     Participant,
     State,
 )
+from lorikit.server.methods.corrected import drift_of
 from lorikit.server.methods.state import pack_state, unpack_state
 from lorikit.server.planner.choice import DoesNotFitError
 from lorikit.server.plans import (
@@ -58,6 +59,7 @@ from lorikit.server.plans import (
     seed_of,
 )
 from lorikit.server.refusals import check_operations, instead
+from lorikit.server.report_drift import write_drift
 from lorikit.server.sensitivity import sensitivities
 from lorikit.server.store.blobs import FolderBlobs
 from lorikit.server.store.sql import SqlStore
@@ -323,6 +325,8 @@ class RoundWork:
         state = self.state_before(number + 1)
         ranks = self._ranks(self._store.tasks(self._run_id, number))
         self._export(state, self.folder / "adapters" / f"round-{number:04d}", ranks)
+        if drift := drift_of(state):
+            write_drift(self.folder, number, drift)
 
     def export_final(self, rounds: int) -> None:
         """Write the adapter after the last round, for every rank that any device has."""

@@ -135,6 +135,7 @@ def run_config(
         evaluation_data=evaluation_data.absolute(),
         evaluate_rows=demo.evaluate_rows,
         class_precisions={kind.name: kind.precisions for kind in CLASSES if kind.precisions},
+        base_correction="none",
         head_start="class-means",
         head_start_options={"rule": "discriminant", "max_examples": demo.head_start_examples},
     )

@@ -147,8 +147,8 @@ class EffectiveWeights(Uncorrected):
 
     P projects on what a pair spans, so that M and T_s keep the pair's rank; only B moves, and any
     method averages the rest as it does. With pairs of full rank and kappa = 1, W + E_s + T_s is the
-    same for all bases. ``kappa_k = -<Delta_k, P_k E_k> / ||P_k E_k||^2`` within [0, 1], by layer, where
-    it is measured.
+    same for all bases. Where it is measured, layer by layer,
+    ``kappa_k = -<Delta_k, P_k E_k> / ||P_k E_k||^2`` within [0, 1].
     """
 
     def given(
