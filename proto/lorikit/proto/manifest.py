@@ -45,6 +45,23 @@ class BlobRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlobPatch:
+    """How a blob of weights comes from another one by a smaller download."""
+
+    target: str
+    """Digest of the blob that it makes."""
+    base: str
+    """Digest of the blob that must be there."""
+    patch: BlobRef
+    """A patch, as ``lorikit.quantization.patches`` reads it."""
+
+    def __post_init__(self) -> None:
+        for digest in (self.target, self.base):
+            if not is_digest(digest):
+                raise ManifestError(f"patch: not a SHA-256 digest: {digest[:80]!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterTensor:
     """A tensor that travels: an input of the graphs, trained or held."""
 
@@ -215,6 +232,9 @@ class Manifest:
     """None for models that read no images."""
     cache: CacheShape | None = None
     """None for packages without a ``decode`` graph."""
+    patches: tuple[BlobPatch, ...] = ()
+    """Other ways to some of ``weight_blobs``, for devices that hold the base at another
+    precision."""
     facts: Mapping[str, float] = field(default_factory=dict)
     """Measured and predicted numbers by name, for reports: parameters, FLOPs per token, bytes."""
 
@@ -320,6 +340,7 @@ def _manifest(value: object) -> Manifest:
         text=_text_input(fields["text"]),
         image=_image_input(fields["image"]),
         cache=_cache_shape(fields["cache"]),
+        patches=tuple(_patch(item) for item in _items(fields, "patches")),
         facts=_numbers(fields, "facts"),
     )
 
@@ -403,6 +424,13 @@ def _weight_tensor(value: object) -> WeightTensor:
         shape=_wholes(fields, "shape"),
         nbytes=_whole(fields, "nbytes"),
         blob=_text(fields, "blob"),
+    )
+
+
+def _patch(value: object) -> BlobPatch:
+    fields = _object(value, BlobPatch)
+    return BlobPatch(
+        target=_text(fields, "target"), base=_text(fields, "base"), patch=_blob(fields["patch"])
     )
 
 

@@ -7,7 +7,7 @@ with offsets in bytes into target, base blob and the patch's data:
 
     copy   length bytes of the base as they are
     data   length bytes of the data as they are
-    join   8-bit codes from ``length`` bytes of packed high nibbles, and as many low ones of the data
+    join   8-bit codes from ``length`` bytes of high nibbles, and as many of low ones of the data
     cut    ``length`` bytes of packed high nibbles from 8-bit codes of the base
     down   float32 scales of the base, ``length`` bytes, over 16
     up     the same times 16

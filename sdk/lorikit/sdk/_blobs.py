@@ -130,6 +130,27 @@ class BlobCache:
         self._verified[blob.digest] = _fingerprint(path)
         return path
 
+    def make(self, blob: BlobRef, pieces: Iterable[bytes]) -> Path:
+        """Keep a blob that was made here; what an interrupted download left of it goes.
+
+        Args:
+            blob: What is wanted.
+            pieces: All of its bytes.
+
+        Returns:
+            The file; it is durable and its digest is right.
+
+        Raises:
+            DamagedBlobError: The pieces are not the blob.
+            StorageFullError: It does not fit.
+        """
+        self._part(blob).unlink(missing_ok=True)
+        try:
+            return self.fill(blob, lambda offset: pieces)
+        except DamagedBlobError:
+            self._part(blob).unlink(missing_ok=True)
+            raise
+
     def total_bytes(self) -> int:
         """Bytes of all files in the cache, parts included."""
         return sum(path.stat().st_size for path in self.folder.iterdir())

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from lorikit.proto import manifest as manifests
-from lorikit.proto.manifest import BlobRef, Manifest, ManifestError
+from lorikit.proto.manifest import BlobPatch, BlobRef, Manifest, ManifestError
 from lorikit.proto.tensors import Bundle, MalformedTensorError, Tensors, pack, raw, unpack
 from lorikit.quantization import QuantizationError, changes, codec
+from lorikit.quantization.patches import patched
 from lorikit.quantization.wire import expanded
 from lorikit.sdk._blobs import BlobCache
 from lorikit.sdk._connection import Connection
 from lorikit.sdk._errors import (
     CancelledError,
+    DamagedBlobError,
     ForeignAdapterError,
     PackageError,
     UnsupportedPackageError,
@@ -163,9 +165,13 @@ class Packages:
         manifest = read_manifest(self._blobs, package)
         needed = needed_blobs(manifest, engine)
         digests = (package.digest, adapter.digest, *(blob.digest for blob in needed))
-        self._blobs.pin({*digests, *spared})
+        ways = {way.target: way for way in manifest.patches if self._pays(way, needed)}
+        bases = {way.base for way in ways.values()}
+        self._blobs.pin({*digests, *spared, *bases})
         for blob in needed:
-            self.fetch(blob, cancelled=cancelled)
+            if blob.digest not in ways or not self._derive(blob, ways[blob.digest], cancelled):
+                self.fetch(blob, cancelled=cancelled)
+        self._blobs.pin({*digests, *spared})
         names = [tensor.name for tensor in manifest.adapter]
         self.fetch_adapter(adapter, change, names, cancelled=cancelled)
         return manifest, digests
@@ -217,3 +223,26 @@ class Packages:
             logger.warning("change of the adapter gives another one, it is fetched whole")
             return None
         return data
+
+    def _pays(self, way: BlobPatch, needed: Sequence[BlobRef]) -> bool:
+        """Whether a blob is lacking, what it can be made of is here, and the patch is smaller."""
+        return any(
+            blob.digest == way.target
+            and way.patch.size < blob.size - self._blobs.held_bytes(blob)
+            and self._blobs.path(way.base).exists()
+            for blob in needed
+        )
+
+    def _derive(self, blob: BlobRef, way: BlobPatch, cancelled: Callable[[], bool]) -> bool:
+        """Make a blob of another one and a patch; whether that gave what its digest says."""
+        self.fetch(way.patch, cancelled=cancelled)
+        try:
+            with (
+                self._blobs.path(way.patch.digest).open("rb") as patch,
+                self._blobs.path(way.base).open("rb") as base,
+            ):
+                self._blobs.make(blob, patched(patch, base))
+        except (DamagedBlobError, QuantizationError, FileNotFoundError) as error:
+            logger.warning("blob %s is fetched whole: %s", blob.digest, error)
+            return False
+        return True

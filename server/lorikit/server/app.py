@@ -570,6 +570,7 @@ def open_run_parts(config: RunConfig, blobs: FolderBlobs) -> RunParts:
             else None,
         ),
         blobs=blobs,
+        is_progressive=config.progressive_base,
         progress=lambda sentence: logger.info("run=%s %s", config.name, sentence),
     )
     space = compiler.space(config.max_rank)

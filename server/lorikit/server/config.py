@@ -160,6 +160,10 @@ class RunConfig(_Settings):
     class_precisions: dict[str, Annotated[tuple[Precision, ...], Field(min_length=1)]] = {}
     """Precisions that devices of a class may get instead, by the class that they report."""
 
+    progressive_base: bool = False
+    """Whether ``int4`` and ``int8`` come from the same integers: a device that changes from one to
+    the other downloads half of an int8 base, or nothing, at up to 0.7 dB of either's quality."""
+
     base_correction: CorrectionName | Literal["auto"] = "auto"
     """What is done where devices hold bases of different precisions: ``compensator``,
     ``effective-weight``, ``function-space``, ``precision-weight`` or ``none``; ``auto`` is

@@ -111,6 +111,8 @@ def store_base(
     architecture: Architecture,
     precision: str,
     put: Callable[[bytes], BlobRef],
+    *,
+    encode_matrix: Callable[[Float32, str], Encoded] | None = None,
 ) -> Base:
     """Encode every frozen tensor and write one blob per layer.
 
@@ -120,6 +122,8 @@ def store_base(
         architecture: Knows the layer of a name.
         precision: Of the base.
         put: Stores a blob.
+        encode_matrix: How matrices whose rows fill blocks are encoded in int4 and int8; None for
+            the codec of that precision.
 
     Raises:
         CompileError: A weight is not finite; the message names it.
@@ -131,7 +135,8 @@ def store_base(
     blobs: dict[int, BlobRef] = {}
     for layer, names in sorted(by_layer.items()):
         encoded = {
-            name: _encode(name, weights[name], precision, is_table=name in tables) for name in names
+            name: _encode(name, weights[name], precision, encode_matrix, is_table=name in tables)
+            for name in names
         }
         data, places = _lay_out(encoded)
         blob = digest_of(data)
@@ -174,9 +179,19 @@ def _heads(graph: Graph, logits: str, weights: Mapping[str, Array]) -> set[str]:
     return {node.inputs[1]} & set(weights)
 
 
-def _encode(name: str, values: Array, precision: str, *, is_table: bool) -> Encoded:
+def _encode(
+    name: str,
+    values: Array,
+    precision: str,
+    encode_matrix: Callable[[Float32, str], Encoded] | None,
+    *,
+    is_table: bool,
+) -> Encoded:
     chosen = codec_for(name, values, precision, is_table=is_table)
+    fills_blocks = values.ndim == 2 and not is_table and not values.shape[1] % INT4_BLOCK
     try:
+        if encode_matrix is not None and precision in ("int4", "int8") and fills_blocks:
+            return encode_matrix(np.asarray(values, np.float32), precision)
         return codec(chosen).encode(np.asarray(values, np.float32))
     except QuantizationError as error:
         raise CompileError(f"{name} cannot be stored as {chosen}: {error}") from error

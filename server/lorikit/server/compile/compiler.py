@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from lorikit.proto.manifest import BlobRef, Manifest, Task, dump
+from lorikit.proto.manifest import BlobPatch, BlobRef, Manifest, Task, dump
 from lorikit.proto.manifest import Graph as GraphRow
 from lorikit.proto.tensors import Float32, Tensors
 from lorikit.server.aggregate.product import Float64
@@ -46,6 +46,7 @@ from lorikit.server.compile.package import (
     training_graph,
     with_base,
 )
+from lorikit.server.compile.progressive import PROGRESSIVE, base_patches, encode_nested
 from lorikit.server.compile.tokens import Tokenizer, TokenLosses, next_tokens
 from lorikit.server.compile.verify import (
     Probe,
@@ -82,6 +83,7 @@ class Compiler:
         targets: Sequence[str] = (),
         blobs: FolderBlobs,
         training_python: Path | None = None,
+        is_progressive: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Load and export the model.
@@ -95,6 +97,8 @@ class Compiler:
             training_python: Interpreter of an environment with onnxruntime-training, which verifies
                 graphs with its fused kernels. Without one, devices that run it get the graph for
                 stock onnxruntime, which it runs as well.
+            is_progressive: Whether int4 and int8 come from the same integers, so that a device
+                goes from one to the other by half a download, or by none.
             progress: Called with a sentence before each long step.
 
         Raises:
@@ -105,8 +109,10 @@ class Compiler:
         self._task = task
         self.blobs = blobs
         self._training_python = training_python
+        self._is_progressive = is_progressive
         self._lock = threading.RLock()
         self._bases: dict[str, Base] = {}
+        self._ways: dict[str, dict[str, BlobPatch]] = {}
         self._packages: dict[Variant, Package] = {}
         self._memory: dict[Variant, GraphMemory] = {}
         self._decoder: Graph | None = None
@@ -400,8 +406,19 @@ class Compiler:
                 self._model.architecture,
                 precision,
                 self.blobs.put,
+                encode_matrix=encode_nested if self._is_progressive else None,
             )
         return self._bases[precision]
+
+    def _patches(self, base: Base, blobs: set[str]) -> tuple[BlobPatch, ...]:
+        """Other ways to those blobs of a base; none unless it is progressive."""
+        if not self._is_progressive or base.precision not in PROGRESSIVE:
+            return ()
+        if base.precision not in self._ways:
+            [other] = (each for each in PROGRESSIVE if each != base.precision)
+            self._ways[base.precision] = base_patches(self._base(other), base, self.blobs.put)
+        ways = self._ways[base.precision]
+        return tuple(ways[digest] for digest in sorted(blobs) if digest in ways)
 
     def _train_graph(self, variant: Variant) -> Graph:
         adapter = adapter_of(self._model.tensors, variant, self.layer_count)
@@ -457,6 +474,7 @@ class Compiler:
             text=text_input(self._folder, self._model),
             image=image_input(self._folder, self._model),
             cache=cache_shape(self._model) if can_decode(self._model) else None,
+            patches=self._patches(base, blobs),
             facts=facts,
         )
         return Package(manifest, self.blobs.put(dump(manifest)))

@@ -148,6 +148,18 @@ def _int8(graph: Graph, piece: Piece) -> str:
     return graph.emit("DequantizeLinear", codes, scale, shape=piece.shape, hint="weight", axis=0)
 
 
+def _int8_blocks(graph: Graph, piece: Piece) -> str:
+    """De-quantise with every block as a row of its own; the codes are stored beyond zero."""
+    blocks = piece.size // INT4_BLOCK
+    codes = piece.part(graph, "codes", blocks, INT4_BLOCK)
+    scale = piece.part(graph, "scale", blocks)
+    zero = graph.constants.setdefault(f"zeros/{blocks}", np.full(blocks, 128, np.uint8))
+    values = graph.emit(
+        "DequantizeLinear", codes, scale, f"zeros/{len(zero)}", shape=(blocks, INT4_BLOCK), axis=0
+    )
+    return graph.emit("Reshape", values, graph.ints(*piece.shape), shape=piece.shape, hint="weight")
+
+
 def _int4(graph: Graph, piece: Piece) -> str:
     rows = graph.constants.setdefault(f"rows/{piece.shape[0]}", np.arange(piece.shape[0]))
     return _int4_rows(graph, f"rows/{len(rows)}", piece, piece.shape)
@@ -249,6 +261,7 @@ READERS: dict[str, Reader] = {
     "fp32": Reader("mapped", _mapped),
     "fp16": Reader("Cast", _half),
     "int8": Reader("DequantizeLinear", _int8),
+    f"int8-row{INT4_BLOCK}": Reader("DequantizeLinear", _int8_blocks),
     "nf4": Reader("MatMulBnb4", _nf4, _multiply_nf4),
     **dict.fromkeys(INT4_BLOCKS, _INT4),
 }
