@@ -11,22 +11,24 @@ from lorikit.proto.manifest import BlobPatch, BlobRef
 from lorikit.proto.tensors import Encoded, Float32
 from lorikit.quantization.nested import coarse, nested, residual
 from lorikit.quantization.patches import Step, packed_patch
-from lorikit.server.compile.base import INT4_BLOCK, INT4_CODEC, Base, Stored
-
-FINE_CODEC = f"int8-row{INT4_BLOCK}"
-"""Codec of matrices in a progressive int8 base."""
+from lorikit.server.compile.base import INT4_BLOCKS, INT8_BLOCKS, Base, Stored
 
 PROGRESSIVE = ("int4", "int8")
 """Precisions that a device can go between by a patch."""
 
 
-def encode_nested(values: Float32, precision: str) -> Encoded:
+def encode_nested(values: Float32, small: str, precision: str) -> Encoded:
     """A matrix, whose rows fill blocks, in one of the two precisions.
+
+    Args:
+        values: [rows, columns].
+        small: Its codec at int4; at int8 the blocks are as long.
+        precision: ``int4`` or ``int8``.
 
     Raises:
         QuantizationError: A value is not finite.
     """
-    fine = nested(values, INT4_BLOCK)
+    fine = nested(values, INT4_BLOCKS[small])
     return fine if precision == "int8" else coarse(fine)
 
 
@@ -59,16 +61,17 @@ def _steps(held: Stored, wanted: Stored) -> Iterator[Step]:
         own, part = held.places.get(role), wanted.encoded.parts[role]
         raw = np.asarray(part, order="C").tobytes()
         same = own is not None and np.asarray(held.encoded.parts[role], order="C").tobytes() == raw
-        codecs = (held.encoded.codec, wanted.encoded.codec)
+        climbs = held.encoded.codec in INT4_BLOCKS and wanted.encoded.codec in INT8_BLOCKS
+        descends = held.encoded.codec in INT8_BLOCKS and wanted.encoded.codec in INT4_BLOCKS
         if own is not None and same:
             yield Step("copy", place.offset, start=own.offset, length=len(raw))
-        elif own is not None and codecs == (INT4_CODEC, FINE_CODEC):
+        elif own is not None and climbs:
             if role == "codes":
                 low = residual(wanted.encoded).tobytes()
                 yield Step("join", place.offset, own.offset, low, len(low))
             else:
                 yield Step("down", place.offset, start=own.offset, length=len(raw))
-        elif own is not None and codecs == (FINE_CODEC, INT4_CODEC):
+        elif own is not None and descends:
             operation = "cut" if role == "codes" else "up"
             yield Step(operation, place.offset, start=own.offset, length=len(raw))
         else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lorikit.server.compile.base import INT4_BLOCKS, NF4_BLOCK, Stored
+from lorikit.server.compile.base import INT4_BLOCKS, INT8_BLOCKS, NF4_BLOCK, Stored
 from lorikit.server.compile.graph import MICROSOFT, External, Graph, Node, Shape
 from lorikit.server.errors import CompileError, UnsupportedModelError
 
@@ -150,12 +150,13 @@ def _int8(graph: Graph, piece: Piece) -> str:
 
 def _int8_blocks(graph: Graph, piece: Piece) -> str:
     """De-quantise with every block as a row of its own; the codes are stored beyond zero."""
-    blocks = piece.size // INT4_BLOCK
-    codes = piece.part(graph, "codes", blocks, INT4_BLOCK)
+    block = INT8_BLOCKS[piece.codec]
+    blocks = piece.size // block
+    codes = piece.part(graph, "codes", blocks, block)
     scale = piece.part(graph, "scale", blocks)
     zero = graph.constants.setdefault(f"zeros/{blocks}", np.full(blocks, 128, np.uint8))
     values = graph.emit(
-        "DequantizeLinear", codes, scale, f"zeros/{len(zero)}", shape=(blocks, INT4_BLOCK), axis=0
+        "DequantizeLinear", codes, scale, f"zeros/{len(zero)}", shape=(blocks, block), axis=0
     )
     return graph.emit("Reshape", values, graph.ints(*piece.shape), shape=piece.shape, hint="weight")
 
@@ -261,7 +262,7 @@ READERS: dict[str, Reader] = {
     "fp32": Reader("mapped", _mapped),
     "fp16": Reader("Cast", _half),
     "int8": Reader("DequantizeLinear", _int8),
-    f"int8-row{INT4_BLOCK}": Reader("DequantizeLinear", _int8_blocks),
+    **dict.fromkeys(INT8_BLOCKS, Reader("DequantizeLinear", _int8_blocks)),
     "nf4": Reader("MatMulBnb4", _nf4, _multiply_nf4),
     **dict.fromkeys(INT4_BLOCKS, _INT4),
 }
