@@ -58,7 +58,11 @@ def test_moments_are_those_of_what_torch_feeds_the_modules(compiler: Compiler) -
     )
 
     assert set(moments) == set(modules(compiler))
-    for module, given in seen.items():
+    # Of the last layer a classifier reads one row, so that the graph computes no other.
+    below = [m for m in seen if compiler._model.architecture.layer_of(m) < compiler.layer_count - 1]
+    assert below
+    for module in below:
+        given = seen[module]
         x = torch.cat([each.reshape(-1, each.shape[-1]) for each in given]).double().numpy()
         expected = x.T @ x
         np.testing.assert_allclose(
