@@ -201,7 +201,7 @@ def _connection(config: ServerConfig) -> Finding:
     if not port.isdecimal() or port == "0":
         sentence = f"{config.address} leaves the port open; nothing was looked at"
         return Finding(check="connection", health=Health.OK, sentence=sentence)
-    near = host.strip("[]").replace("0.0.0.0", "127.0.0.1") or "localhost"  # nosec B104
+    near = host.strip("[]").replace("0.0.0.0", "127.0.0.1") or "localhost"
     try:
         with socket.create_connection((near, int(port)), _CONNECT_SECONDS):
             sentence = f"a program listens on {config.address}"
