@@ -178,7 +178,8 @@ class Server:
     """``lorikit server`` on a folder and a port that stay the same from start to start."""
 
     folder: Path
-    settings: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, float | str] = field(default_factory=dict)
+    """More settings, as TOML writes their values."""
     compiled: Path | None = None
     """Folder of packages for a ``compiled_server``; None: ``lorikit server`` compiles them."""
     port: int = field(default_factory=free_port)

@@ -15,7 +15,15 @@ from typing import Any
 
 import pytest
 from tests.integration.outcomes import assert_counted_once, outcome
-from tests.integration.processes import PATIENCE_SECONDS, ROOT, Device, Server, make_devices, until
+from tests.integration.processes import (
+    PATIENCE_SECONDS,
+    ROOT,
+    Device,
+    Server,
+    free_port,
+    make_devices,
+    until,
+)
 
 from lorikit.sdk import CertificateRevokedError, Client
 from lorikit.sdk._store import Store
@@ -42,7 +50,13 @@ class Certified:
             "certificate": folder / "ann" / "ann.pem",
             "key": folder / "ann" / "ann.key",
         }
-        self.server = Server(folder / "server", compiled=compiled, trust=self.trust)
+        self.enrol_address = f"127.0.0.1:{free_port()}"
+        self.server = Server(
+            folder / "server",
+            compiled=compiled,
+            trust=self.trust,
+            settings={"enrol_address": f'"{self.enrol_address}"'},
+        )
 
     def serve(self) -> Server:
         return self.running.enter_context(self.server.start())
@@ -68,7 +82,10 @@ class Certified:
             token = self.lorikit("certs", "token")["token"]
             self.tokens.append(token)
             device.environment = {"LORIKIT_ENROLMENT_TOKEN": token}
-            device.trust = ("--root-certificates", str(self.roots))
+            device.trust = (
+                *("--root-certificates", str(self.roots)),
+                *("--enrol-server", self.enrol_address),
+            )
             self.running.enter_context(device.start())
         return made
 
@@ -168,7 +185,11 @@ def test_device_that_is_cut_off_ends_and_says_why(certified):
     assert (mine["subject"], "NextTask", "CERTIFICATE_REVOKED") in refusals
     with (
         Client(
-            server.address, [], store=device.store, root_certificates=certified.roots.read_bytes()
+            server.address,
+            [],
+            store=device.store,
+            root_certificates=certified.roots.read_bytes(),
+            enrol_server=certified.enrol_address,
         ) as client,
         pytest.raises(CertificateRevokedError, match="phone lost"),
     ):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 import threading
 import tracemalloc
 import zlib
@@ -27,6 +28,7 @@ from lorikit.proto.v1 import device_service_pb2 as messages
 from lorikit.proto.v1 import operator_service_pb2 as operator_messages
 from lorikit.proto.v1.device_service_pb2_grpc import DeviceServiceStub
 from lorikit.sdk._keys import new_key, signing_request
+from lorikit.server.app import ServerError
 from lorikit.server.config import LimitsConfig
 from lorikit.server.identity.authority import Authority
 from lorikit.server.identity.subjects import Role, device_subject
@@ -451,3 +453,14 @@ def test_admin_lets_in_and_cuts_off_from_afar(secured):
     assert not any(
         token in text or hashlib.sha256(token.encode()).hexdigest() in text for text in hidden
     )
+
+
+def test_port_for_enrolment_that_is_taken_is_named(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        secured = SecuredServer(tmp_path / "runs", enrol_address=address)
+
+        with pytest.raises(ServerError, match=f"cannot listen on '{address}'"):
+            secured.__enter__()

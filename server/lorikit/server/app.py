@@ -251,33 +251,27 @@ class Coordinator:
         return server
 
     async def _listen(self, server: grpc.aio.Server) -> int:
-        """Take the port; one that a server just left is free again after a moment."""
-        end = asyncio.get_running_loop().time() + _BIND_SECONDS
-        while True:
-            try:
-                return self._add_port(server)
-            except (RuntimeError, OSError) as error:
-                if isinstance(error, OSError) or asyncio.get_running_loop().time() >= end:
-                    raise ServerError(
-                        f"cannot listen on {self.config.address!r}: {error}; is another server "
-                        "running there?"
-                    ) from error
-            await asyncio.sleep(0.1)
-
-    def _add_port(self, server: grpc.aio.Server) -> int:
+        """Take the port, and the one for enrolment where there is an authority."""
         config, registry = self.config, self._identity.registry
-        folder = config.identity_folder
-        certificate = config.tls_certificate or folder / "server.pem"
-        key = config.tls_key or folder / "server.key"
+        certificate = config.tls_certificate or config.identity_folder / "server.pem"
+        key = config.tls_key or config.identity_folder / "server.key"
+        if registry is None and config.tls_certificate is None:
+            return await _bound(config.address, server.add_insecure_port)
+        clients = None if registry is None else registry.authority.root_pem
+        port = await _bound(
+            config.address,
+            lambda address: server.add_secure_port(
+                address, server_credentials(certificate, key, clients=clients)
+            ),
+        )
         if registry is not None:
-            known = server_credentials(certificate, key, clients=registry.authority.root_pem)
-            port = server.add_secure_port(config.address, known)
-            address = config.enrol_address or neighbour(config.address, port)
-            self.enrol_port = server.add_secure_port(address, server_credentials(certificate, key))
-            return port
-        if config.tls_certificate is None:
-            return server.add_insecure_port(config.address)
-        return server.add_secure_port(config.address, server_credentials(certificate, key))
+            self.enrol_port = await _bound(
+                config.enrol_address or neighbour(config.address, port),
+                lambda address: server.add_secure_port(
+                    address, server_credentials(certificate, key)
+                ),
+            )
+        return port
 
     def _open_loop(self, run: RunRow, config: RunConfig) -> RunLoop:
         return RunLoop(
@@ -300,6 +294,24 @@ class Coordinator:
             server=self.config,
             reach=self._failpoint,
         )
+
+
+async def _bound(address: str, add: Callable[[str], int]) -> int:
+    """The port of the address; one that a server just left is free again after a moment.
+
+    Raises:
+        ServerError: It cannot be listened on.
+    """
+    end = asyncio.get_running_loop().time() + _BIND_SECONDS
+    while True:
+        try:
+            return add(address)
+        except (RuntimeError, OSError) as error:
+            if isinstance(error, OSError) or asyncio.get_running_loop().time() >= end:
+                raise ServerError(
+                    f"cannot listen on {address!r}: {error}; is another server running there?"
+                ) from error
+        await asyncio.sleep(0.1)
 
 
 class Server:
