@@ -83,16 +83,29 @@ def test_change_rebuilds_the_published_version_to_the_bit_in_a_sixth(
     assert hashlib.sha256(data).hexdigest() == second.adapter.digest
 
 
-def test_equal_bases_share_one_change_and_a_repeated_call_gives_the_same(
-    downlink: Downlink, blobs: FolderBlobs
+def test_equal_bases_share_one_encoding_and_a_restarted_server_makes_the_same(
+    downlink: Downlink, blobs: FolderBlobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    encoded = []
+    encode = changes.encode
+
+    def counted(*arguments):
+        encoded.append(arguments)
+        return encode(*arguments)
+
+    monkeypatch.setattr(changes, "encode", counted)
     first = downlink.version(adapter(0), None, round_number=0)
     before = set(blobs.digests())
     versions = [
         downlink.version(adapter(1), first.adapter.digest, round_number=1) for _ in range(3)
     ]
     assert versions[0] == versions[1] == versions[2]
+    assert len(encoded) == 1
     assert len(set(blobs.digests()) - before) == 2
+
+    restarted = Downlink(run_config(tmp_path, downlink_codec="int4"), blobs)
+    again = restarted.version(adapter(1), first.adapter.digest, round_number=1)
+    assert again == versions[0]
 
 
 def test_values_that_stay_need_nothing(downlink: Downlink) -> None:

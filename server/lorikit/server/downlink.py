@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorikit.proto.manifest import BlobRef
+from lorikit.proto.manifest import BlobRef, digest_of
 from lorikit.proto.plan import ADAPTIVE, WireScheme
 from lorikit.proto.tensors import Bundle, Tensors, pack, raw
 from lorikit.quantization import changes
@@ -94,21 +94,15 @@ class Downlink:
         """Args are the run's settings and where devices download from."""
         self._config = config
         self._blobs = blobs
+        self._made: dict[tuple[str, str, int], Version] = {}
 
     @property
     def is_exact(self) -> bool:
         """Whether devices get the method's own values."""
         return downlink_scheme(self._config) is None
 
-    def version(
-        self,
-        exact: Tensors,
-        held: str | None,
-        *,
-        round_number: int,
-        importance: Mapping[str, float] | None = None,
-    ) -> Version:
-        """The version of some values for devices that hold another one.
+    def version(self, exact: Tensors, held: str | None, *, round_number: int) -> Version:
+        """The version of some values for devices that hold another one, encoded once a round.
 
         Equal arguments give the same blobs, so that a server that was killed gives out the same.
 
@@ -116,19 +110,26 @@ class Downlink:
             exact: The method's values.
             held: Digest of the version that the device holds; None where none is known.
             round_number: Of the round whose state the values are; joins the seed of rounding.
-            importance: Weight of each tensor's error; 1 where absent.
         """
         scheme = downlink_scheme(self._config, round_number=round_number)
         whole = _packed(exact)
         if scheme is None or held is None or not self._blobs.has(held):
             return Version(self._blobs.put(whole))
+        key = (held, digest_of(whole), round_number)
+        if key not in self._made:
+            self._made = {k: v for k, v in self._made.items() if k[2] == round_number}
+            self._made[key] = self._changed(exact, whole, held, scheme)
+        return self._made[key]
+
+    def _changed(self, exact: Tensors, whole: bytes, held: str, scheme: WireScheme) -> Version:
+        """The version that devices rebuild; the whole where that saves nothing."""
         base = self._blobs.ref(held)
         received = read_adapter(self._blobs.read_whole(held))
         values = changes.difference(received, exact)
         if not values and received.keys() == exact.keys():
             return Version(base)
-        header = changes.header_of(scheme, seed_of("downlink", self._config.seed, round_number))
-        bundle = Bundle(changes.encode(values, scheme, header, importance or {}), {}, header)
+        header = changes.header_of(scheme, seed_of("downlink", self._config.seed, scheme.round))
+        bundle = Bundle(changes.encode(values, scheme, header, {}), {}, header)
         packed = pack(compressed(bundle) if scheme.compressed else bundle)
         if len(packed) >= len(whole):
             return Version(self._blobs.put(whole))
