@@ -2,8 +2,8 @@
 """Whole federations by wire scheme: accuracy, and the bytes of the messages of every round.
 
 Three devices fine-tune the last two layers of all-MiniLM-L6-v2 (LoRA rank 8 on query and value, and
-the head) by FedIT from one head start per data set and seed, so that the schemes differ in the
-wire alone. A scheme holds both ways: for updates, and for adapters as changes against what a device
+the head) by FedIT from one start per data set and seed, so that the schemes differ in the wire
+alone. A scheme holds both ways: for updates, and for adapters as changes against what a device
 holds. ``federation`` carries the rounds out.
 """
 
@@ -32,16 +32,16 @@ from lorikit.server.config import RunConfig
 DEVICES = 3
 TRAIN_ROWS = 9000
 """Of all devices together."""
-ROUNDS = 12
 STEPS = 4
 BATCH = 16
 MICRO_BATCH = 16
 DEPTH = 2
 RANK = 8
 LENGTH = 16
-LEARNING_RATE = 6e-3
 TEST_ROWS = 1000
 HEAD_START_ROWS = 300
+PARTS = 97
+"""Groups that rows of a folder are dealt out by, so that devices see about the same mix."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class Data:
     test: Sequence[Row]
     group: str
     """Column by which devices differ."""
+    rounds: int
+    learning_rate: float
+    has_head_start: bool
+    """Whether the head starts from class means, else from the compiler's values."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -68,7 +72,9 @@ def clinc150() -> Data:
         [{**row, "label": row["intent"]} for row in in_scope_rows(part)]
         for part in ("train", "test")
     )
-    return Data("clinc150", train, test, "domain")
+    return Data(
+        "clinc150", train, test, "domain", rounds=12, learning_rate=6e-3, has_head_start=True
+    )
 
 
 def read_data(folder: Path) -> Data:
@@ -77,8 +83,13 @@ def read_data(folder: Path) -> Data:
     for part in ("train", "test"):
         with gzip.open(folder / f"{part}.jsonl.gz", "rt") as stream:
             rows = [json.loads(line) for line in stream]
-        parts.append([{"text": row["text"], "label": str(row["label"])} for row in rows])
-    return Data(folder.name, parts[0], parts[1], "label")
+        parts.append(
+            [
+                {"text": row["text"], "label": str(row["label"]), "part": number % PARTS}
+                for number, row in enumerate(rows)
+            ]
+        )
+    return Data(folder.name, *parts, "part", rounds=20, learning_rate=4e-3, has_head_start=False)
 
 
 class Bench:
@@ -125,19 +136,21 @@ class Bench:
             "method": "fedit",
             "method_options": {"depth": DEPTH},
             "labels": self.data.labels,
-            "rounds": ROUNDS,
+            "rounds": self.data.rounds,
             "min_devices": DEVICES,
             "local_steps": STEPS,
             "batch_size": BATCH,
             "max_length": LENGTH,
             "max_rank": RANK,
-            "optimizer": OptimizerConfig(learning_rate=LEARNING_RATE, schedule="linear"),
+            "optimizer": OptimizerConfig(learning_rate=self.data.learning_rate, schedule="linear"),
             "seed": seed,
         }
         return RunConfig(**{**settings, **changes})
 
-    def start(self, seed: int) -> Tensors:
-        """The adapter after a head start, computed once a seed."""
+    def start(self, seed: int) -> Tensors | None:
+        """The adapter after a head start, computed once a seed; None where there is none."""
+        if not self.data.has_head_start:
+            return None
         if seed not in self._starts:
             options = {"rule": "discriminant", "max_examples": HEAD_START_ROWS}
             config = self.config(
@@ -164,7 +177,8 @@ class Bench:
                 start=start,
             )
             rounds = [
-                federation.round(is_measured=number == ROUNDS - 1) for number in range(ROUNDS)
+                federation.round(is_measured=number == self.data.rounds - 1)
+                for number in range(self.data.rounds)
             ]
             federation.close()
         return rounds
