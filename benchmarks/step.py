@@ -25,6 +25,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lorikit.proto.manifest import Manifest
+    from lorikit.proto.tensors import Tensors
+    from lorikit.sdk.engines.base import Engine
 
 LABELS = 150
 RANK = 8
@@ -43,7 +49,8 @@ class Variant:
     """What is compiled: the base's precision, what is recomputed, which kernels, how deep."""
 
     precision: str
-    recompute: bool = False
+    recompute: int = 0
+    """Layers, from the lowest trained one, whose values are made again for the backward pass."""
     kernels: str = "lean"
     last_layers: int = 0
     """Train only so many layers from the top; 0 for all."""
@@ -51,7 +58,7 @@ class Variant:
     @property
     def title(self) -> str:
         parts = [self.precision, self.kernels if self.kernels != "lean" else ""]
-        parts += ["recomputing" if self.recompute else ""]
+        parts += [f"recomputing {self.recompute} layers" if self.recompute else ""]
         parts += [f"last {self.last_layers} layers" if self.last_layers else ""]
         return "lorikit " + ", ".join(part for part in parts if part)
 
@@ -78,15 +85,16 @@ class Work:
 
 SMALL = tuple(Variant(precision=p) for p in ("int8", "int4", "nf4"))
 MIDDLE = (
-    Variant(precision="int4", recompute=True),
-    Variant(precision="int8", recompute=True),
+    Variant(precision="int4", recompute=30),
+    Variant(precision="int8", recompute=30),
     Variant(precision="int4"),
 )
 LARGE = (
-    Variant(precision="int4", recompute=True),
-    Variant(precision="int4", recompute=True, kernels="fast"),
-    Variant(precision="int4", recompute=True, last_layers=6),
+    Variant(precision="int4", recompute=21),
+    Variant(precision="int4"),
+    Variant(precision="int4", last_layers=6),
 )
+LONG = (Variant(precision="int4", recompute=22), Variant(precision="int4", recompute=10))
 WORKS = (
     Work(model="minilm", task=TEXT, batch=1, length=32, variants=SMALL),
     Work(model="minilm", task=TEXT, batch=1, length=128, variants=SMALL),
@@ -108,7 +116,7 @@ WORKS = (
         length=512,
         steps=2,
         checkpointing=True,
-        variants=LARGE[:1],
+        variants=LONG,
     ),
     Work(
         model="vit",
@@ -153,7 +161,6 @@ def make_model(name: str, folder: Path) -> Path:
 
 def device_step(package: Path, digest: str, work: dict[str, int], threads: int) -> dict[str, float]:
     """What a device process does in a task; run in a process of its own."""
-    import numpy as np
 
     import lorikit.sdk  # noqa: F401  # an app has it loaded
     from lorikit.proto.manifest import load
@@ -176,11 +183,7 @@ def device_step(package: Path, digest: str, work: dict[str, int], threads: int) 
     data = read_dataset(rows, manifest, tokenizer, work["length"])
     start = time.perf_counter()
     engine = open_engine(None, manifest, package, threads=threads)
-    rng = np.random.default_rng(0)
-    adapter = {
-        t.name: rng.normal(0, 0.02, [RANK if n == "rank" else n for n in t.shape]).astype("float32")
-        for t in manifest.adapter
-    }
+    adapter = _adapter(manifest)
     plan = Plan(
         method="benchmark",
         inputs={"lora_scale": 2.0},
@@ -221,7 +224,12 @@ def device_step(package: Path, digest: str, work: dict[str, int], threads: int) 
 
 
 def opening(package: Path, digest: str, threads: int) -> dict[str, float]:
-    """Seconds and peak memory of opening a package's training graph in a process of its own."""
+    """What opening a package's training graph costs in a process of its own, and a new length.
+
+    Returns:
+        Seconds and peak memory of opening; and how many seconds longer the first step at a length
+        takes than the next ones at it, where the session has run another length before.
+    """
     import lorikit.sdk  # noqa: F401  # an app has it loaded
     from lorikit.proto.manifest import load
     from lorikit.sdk._memory import memory_use
@@ -232,7 +240,49 @@ def opening(package: Path, digest: str, threads: int) -> dict[str, float]:
     engine = open_engine("onnx", manifest, package, threads=threads)
     engine._session("train")
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_memory_bytes": memory_use().peak_resident_bytes}
+    peak = memory_use().peak_resident_bytes
+    return {
+        "seconds": seconds,
+        "peak_memory_bytes": peak,
+        "new_length_seconds": _price_of_a_length(engine, manifest),
+    }
+
+
+def _price_of_a_length(engine: Engine, manifest: Manifest) -> float:
+    """Seconds that the first step at a new length takes beyond a later one; 0 for images."""
+    if manifest.task.kind == IMAGE:
+        return 0.0
+    adapter = _adapter(manifest)
+    _seconds_of_step(engine, adapter, manifest.task.kind, 48)
+    first, *later = (_seconds_of_step(engine, adapter, manifest.task.kind, 64) for _ in range(4))
+    return first - statistics.median(later)
+
+
+def _seconds_of_step(engine: Engine, adapter: Tensors, task: str, length: int) -> float:
+    """One micro-batch of one example."""
+    import numpy as np
+
+    from lorikit.sdk.engines.base import Batch
+
+    ids = np.ones((1, length), np.int64)
+    rows = ids.shape if task == CAUSAL else (1,)
+    inputs = {"input_ids": ids, "attention_mask": ids}
+    weights = np.full(rows, 1 / np.prod(rows), np.float32)
+    batch = Batch(inputs=inputs, labels=np.zeros(rows, np.int64), weights=weights)
+    start = time.perf_counter()
+    engine.gradients(adapter, batch, {"lora_scale": 2.0})
+    return time.perf_counter() - start
+
+
+def _adapter(manifest: Manifest) -> Tensors:
+    """Small random values at the rank of the benchmark."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    return {
+        t.name: rng.normal(0, 0.02, [RANK if n == "rank" else n for n in t.shape]).astype("float32")
+        for t in manifest.adapter
+    }
 
 
 def _rows(task: str, count: int, length: int) -> Iterator[dict[str, object]]:
@@ -276,7 +326,7 @@ def measure(works: Sequence[Work], repeats: int, threads: int) -> Iterator[dict[
             digests: dict[Variant, str] = {}
             for variant in dict.fromkeys(v for work in wanted for v in work.variants):
                 lowest = compiler.layer_count - variant.last_layers if variant.last_layers else 0
-                layers = range(lowest, compiler.layer_count) if variant.recompute else ()
+                layers = range(lowest, lowest + variant.recompute)
                 package = compiler.package(
                     precision=variant.precision,
                     lowest_trained_layer=lowest,
@@ -352,11 +402,17 @@ def line(row: dict[str, object]) -> str:
     """A row of the report as a row of a Markdown table."""
     anonymous = row["anonymous_memory_bytes"]
     private = "" if anonymous is None else f" ({anonymous / 1e6:.0f} anonymous)"
+    opened = ""
+    if "opening_seconds" in row:
+        opened = (
+            f"{row['opening_seconds']:.2f} s, {row['opening_peak_memory_bytes'] / 1e6:.0f} MB; "
+            f"new length {row['opening_new_length_seconds']:+.3f} s"
+        )
     return (
         f"| {row['work']} | {row['stack']} | {row['peak_memory_bytes'] / 1e6:.0f} MB{private} | "
         f"{row['peak_memory_ratio']:.2f} | {row['seconds_median']:.3f} s "
         f"({row['seconds_min']:.3f} to {row['seconds_max']:.3f}) | "
-        f"{row['seconds_ratio_median']:.2f} |"
+        f"{row['seconds_ratio_median']:.2f} | {opened} |"
     )
 
 
