@@ -168,12 +168,15 @@ class GraphMemory:
         """
         self.lifetimes = Lifetimes(graph)
         self.node_count = len(graph.nodes)
-        self.mapped_bytes = sum(place.length for place in graph.external.values())
-        """Bytes of blobs that a step reads. Tables count in full, although a step reads a few rows:
-        words are spread over the table, and the system maps sixteen pages around each one."""
         packed = {n.inputs[1] for n in graph.nodes if n.op == "MatMulNBits"}
         self.packed_bytes = sum(graph.constants[name].nbytes for name in packed)
-        """Bytes of codes that a kernel keeps a second, packed copy of."""
+        """Bytes of codes that a kernel keeps a packed copy of."""
+        places = {place for name, place in graph.external.items() if name not in packed}
+        self.mapped_bytes = sum(place.length for place in places)
+        """Bytes of blobs that a step reads. Codes that are packed count only where another node
+        reads them as they lie: the runtime lets go of what it has packed. Tables count in full,
+        although a step reads a few rows: words are spread over the table, and the system maps
+        sixteen pages around each one."""
 
     def arena_bytes(self, sizes: Mapping[str, int]) -> int:
         """Bytes that the runtime's arena makes resident over steps of some sizes."""
