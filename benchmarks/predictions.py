@@ -6,12 +6,12 @@ carried out in a device process of its own that is held to the limit of its clas
 system says what the process held at most. Two ratios follow: measured over predicted, and the same
 with the correction that the other runs of the class teach (never the run's own).
 
-    python benchmarks/predictions.py [--only MODEL ...] [--models FOLDER] [--work FOLDER]
+    python benchmarks/predictions.py [--only MODEL ...] [--classes CLASS ...] [--models FOLDER]
 
 ``--models`` is a folder with real models, named as here; those that it lacks are made with random
-weights in the shape of the real ones. Packages lie in ``--work``, which may be kept: what is there
-is not compiled again, and what the output has is not measured again. ``--renew`` plans and compiles
-anew and measures the plans that changed; ``--draw`` draws what is there.
+weights in the shape of the real ones. Packages lie in ``--work`` and stay there: a plan that has
+not changed is not compiled again, and what the output has is not measured again. Remove the output
+and the folder to measure another version of the compiler or of the SDK.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from step import CAUSAL, IMAGE, LABELS, RANK, TARGETS, TEXT, make_model
+
+if TYPE_CHECKING:
+    from lorikit.server.cli.device_classes import DeviceClass
 
 STEPS = 6
 """Optimiser steps of a process. The peak is reached in the first ones, but a table of words is
@@ -86,27 +89,27 @@ def give_every_word(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def prepare(name: str, real: Path | None, work: Path) -> None:
-    """Plan every class for a model's cases and compile the plans; writes ``work/NAME.json``."""
+def prepare(name: str, options: argparse.Namespace) -> None:
+    """Plan the classes for a model's cases and compile the plans; adds to ``work/NAME.json``."""
     from lorikit.proto.manifest import Task
-    from lorikit.server.cli.device_classes import built_in_classes
     from lorikit.server.cli.profile_measuring import rehearsal
     from lorikit.server.cli.profile_plans import ClassPlan, Work, facts, plan_for
     from lorikit.server.compile import Compiler
     from lorikit.server.planner import Planner
     from lorikit.server.store.blobs import FolderBlobs
 
+    work = options.work
     cases = [case for case in CASES if case.model == name]
     kind, folder = cases[0].task, work / "packages" / name
+    plans = {place(row): row for row in read_plans(work, name)}
     labels = () if kind == CAUSAL else tuple(f"c{i}" for i in range(LABELS))
     compiler = Compiler(
-        model_folder(name, real, work),
+        model_folder(name, options.models, work),
         Task(kind=kind, labels=labels),
         targets=TARGETS[kind],
         blobs=FolderBlobs(folder),
         progress=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
     )
-    plans = []
     for case in cases:
         step = Work(rank=RANK, batch_size=case.batch, length=case.length)
         planner = Planner(
@@ -116,15 +119,37 @@ def prepare(name: str, real: Path | None, work: Path) -> None:
             max_length=case.length,
             max_rank=RANK,
         )
-        for device_class in built_in_classes().values():
+        for device_class in chosen_classes(options):
             entry = plan_for(compiler, planner, device_class, step)
             row = {"case": case.title, **facts(entry)}
             print(f"  {line(row)}", file=sys.stderr, flush=True)
-            if isinstance(entry, ClassPlan):
+            known = plans.get(place(row), {})
+            if known.get("plan") == row["plan"] and not options.renew:
+                row |= {n: known[n] for n in ("settings",) if n in known}
+            elif isinstance(entry, ClassPlan):
                 settings = rehearsal(compiler, entry, step, folder=folder, steps=STEPS)
                 row["settings"] = {**settings, "rows": kept_rows(settings, case)}
-            plans.append(row)
-    (work / f"{name}.json").write_text(json.dumps(plans))
+            plans[place(row)] = row
+            fresh = work / f"{name}.json.part"
+            fresh.write_text(json.dumps([*plans.values()]))
+            fresh.replace(work / f"{name}.json")
+
+
+def chosen_classes(options: argparse.Namespace) -> list[DeviceClass]:
+    from lorikit.server.cli.device_classes import built_in_classes
+
+    every = built_in_classes()
+    return [every[name] for name in options.classes or every]
+
+
+def place(row: Mapping[str, Any]) -> tuple[str, str]:
+    return str(row["case"]), str(row["class"])
+
+
+def read_plans(work: Path, name: str) -> list[dict[str, Any]]:
+    path = work / f"{name}.json"
+    plans: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+    return plans
 
 
 def kept_rows(settings: Mapping[str, Any], case: Case) -> str:
@@ -138,14 +163,25 @@ def kept_rows(settings: Mapping[str, Any], case: Case) -> str:
 
 
 def measured_case(work: Path, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Carry a plan out in a process held to the limit of its class."""
+    """Carry a plan out in a process held to the limit of its class.
+
+    Where the plan does not keep to it, the process runs again without one: how far off the
+    prediction is has to be known then above all.
+    """
+    from lorikit.server.cli.exit_codes import CommandError
     from lorikit.server.cli.profile_measuring import measure
 
-    found = measure(row["settings"], work / "rehearsal.json", str(row["class"]))
+    settings, path, kept = row["settings"], work / "rehearsal.json", True
+    try:
+        found = measure(settings, path, str(row["class"]))
+    except CommandError:
+        kept = False
+        found = measure({**settings, "memory_limit": 0}, path, str(row["class"]))
     return {
         "measured_peak_memory_bytes": found.peak_bytes,
         "measured_anonymous_memory_bytes": found.anonymous_bytes,
         "measured_seconds_per_step": found.seconds_per_step,
+        "measured_within_limit": kept,
     }
 
 
@@ -224,42 +260,31 @@ def save(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     fresh.replace(path)
 
 
-def measure_all(options: argparse.Namespace, work: Path) -> None:
+def measure_all(options: argparse.Namespace) -> None:
     for name in options.only:
-        if options.renew or not (work / f"{name}.json").is_file():
-            command = [sys.executable, __file__, "--prepare", name, "--work", str(work)]
-            command += ["--models", str(options.models)] if options.models else []
-            subprocess.run(command, check=True)
-        known = load(options.output)
-        done = {key(row): row for row in known if is_measured(row)}
-        cases = {case.title for case in CASES if case.model == name}
-        others = [row for row in known if row["case"] not in cases]
-        plans = json.loads((work / f"{name}.json").read_text())
-        fresh: list[dict[str, Any]] = []
-        for plan in plans:
+        rows = load(options.output)
+        done = {key(row): row for row in rows if is_measured(row)}
+        if not options.planned:
+            subprocess.run([sys.executable, *sys.argv, "--prepare", name], check=True)
+        chosen = {device_class.name for device_class in chosen_classes(options)}
+        for plan in read_plans(options.work, name):
+            if plan["class"] not in chosen:
+                continue
             row = dict(plan)
             if row["fits"]:
                 old = done.get(key(row))
-                found = measured_case(work, row) if old is None else old
+                found = measured_case(options.work, row) if old is None else old
                 row |= {n: v for n, v in found.items() if n.startswith("measured_")}
             print(line(row), flush=True)
-            fresh.append(row)
-            save(options.output, [*others, *fresh, *_later(known, plans, fresh)])
-
-
-def _later(
-    known: Sequence[Mapping[str, Any]],
-    plans: Sequence[Mapping[str, Any]],
-    fresh: Sequence[Mapping[str, Any]],
-) -> list[Mapping[str, Any]]:
-    """Rows that an earlier run measured and this one has not come to yet."""
-    missing = {(row["case"], row["class"]) for row in plans[len(fresh) :]}
-    return [row for row in known if (row["case"], row["class"]) in missing]
+            rows = [*(other for other in rows if place(other) != place(row)), row]
+            save(options.output, rows)
 
 
 def in_order(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    titles = [case.title for case in CASES]
-    return sorted(rows, key=lambda row: titles.index(row["case"]))
+    from lorikit.server.cli.device_classes import built_in_classes
+
+    titles, names = [case.title for case in CASES], [*built_in_classes()]
+    return sorted(rows, key=lambda row: (titles.index(row["case"]), names.index(row["class"])))
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -329,22 +354,23 @@ def main() -> None:
     models = list(dict.fromkeys(case.model for case in CASES))
     parser.add_argument("--only", nargs="+", choices=models, default=models)
     parser.add_argument("--models", type=Path)
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--renew", action="store_true")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "predictions"))
+    parser.add_argument("--classes", nargs="+", metavar="CLASS")
+    parser.add_argument("--renew", action="store_true", help="compile anew what is compiled")
+    parser.add_argument("--planned", action="store_true", help="only measure what is compiled")
     parser.add_argument("--draw", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("docs/results/predictions.json"))
     parser.add_argument("--picture", type=Path, default=Path("docs/images/predictions.png"))
     parser.add_argument("--prepare", choices=models)
     options = parser.parse_args()
+    options.work = options.work.resolve()
     if options.prepare:
-        prepare(options.prepare, options.models, options.work)
+        prepare(options.prepare, options)
         return
     if not options.draw:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        with tempfile.TemporaryDirectory() as scratch:
-            work = (options.work or Path(scratch)).resolve()
-            work.mkdir(parents=True, exist_ok=True)
-            measure_all(options, work)
+        options.work.mkdir(parents=True, exist_ok=True)
+        measure_all(options)
     rows = [*corrected(in_order(load(options.output)))]
     save(options.output, rows)
     print("\n".join(line(row) for row in rows if "ratio" in row))

@@ -56,11 +56,13 @@ from lorikit.server.compile.verify import (
     make_probe,
 )
 from lorikit.server.compile.weights import Base, KernelReport, frozen_weights, store_base
+from lorikit.server.compile.work import LayerWork
 from lorikit.server.errors import UnsupportedModelError, VerificationError
 from lorikit.server.methods.base import AdapterSpace
 from lorikit.server.methods.base_delta import DELTA_RANK, largest_delta_ranks, no_deltas
 from lorikit.server.methods.principal import principal_start
 from lorikit.server.planner.memory import Footprint, footprint
+from lorikit.server.planner.speed import Operations
 from lorikit.server.planner.step import StepShape
 from lorikit.server.store.blobs import FolderBlobs
 
@@ -130,6 +132,7 @@ class Compiler:
         self._frozen, self._tables = frozen_weights(
             self._forward, {name for name, _ in self._model.module.named_parameters()}
         )
+        self._work = LayerWork(self._forward, self._frozen.keys(), self._model.architecture)
         self._initial = {
             t.name: self._model.adapter_parameter(t.name).detach().numpy().copy()
             for t in self._model.adapter
@@ -281,6 +284,11 @@ class Compiler:
         forward = sum(sizes[layer] for layer in kept_layers)
         backward = sum(sizes[layer] for layer in kept_layers if layer >= lowest_trained_layer)
         return 2 * (forward + backward)
+
+    def operations(self, layers: Sequence[int], step: StepShape) -> Operations:
+        """Forward pass of some layers in one run of the graph; see ``planner.speed``."""
+        sizes = {"batch": step.micro_batch, "length": step.length, "rank": step.rank}
+        return self._work.operations(layers, sizes)
 
     def logits(
         self,

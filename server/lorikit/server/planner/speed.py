@@ -1,33 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a training step takes: products with frozen weights, and what it costs to read these.
+"""How long a training step takes.
 
-A product with a stored matrix takes the time of its multiplications plus, once per run of the graph
-and whatever the number of rows, the time to de-quantise the matrix. Both scale with the speed of
-the device, so the second is expressed in multiplications too.
+Four kinds of work, each with its own price: products with frozen weights, which follow the measured
+speed of matrix products; de-quantising these weights, once per use and run of the graph, whatever
+the number of rows; products of values with values (attention, quadratic in the length), which are
+many and small; and all operators that only pass over values, which the memory's speed bounds. All
+prices are expressed in operations of the first kind, so that a device's speed scales them together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from lorikit.server.planner.step import StepShape
 
-EFFICIENCY = 0.5
-"""Share of the measured matrix-product speed that a training step reaches."""
-
 DEFAULT_GFLOPS = 20.0
 """Speed assumed of a device that reports none, GFLOP/s."""
 
-_FORWARD_COST = {"fp32": 0.0, "fp16": 41.0, "int8": 81.0, "int4": 145.0, "nf4": 103.0}
-_BACKWARD_COST = {"fp32": 0.0, "fp16": 41.0, "int8": 81.0, "int4": 145.0, "nf4": 560.0}
-"""Operations that de-quantising one element costs, by codec: its time beyond that of the fp32
-product, times the speed of that product (165 GFLOP/s). Measured with a 5632 x 2048 matrix and 128
-rows on two cores of a Zen 4, onnxruntime 1.31: fp32 17.8 ms, int8 23.5, int4 28, nf4 25 forward and
-57 backward; fp16 by its bytes."""
+EFFICIENCY = 0.9
+"""Share of the measured speed of a small product that those with weights reach."""
 
-_FAST_FORWARD_COST = {"int4": 10.0}
-"""The same for ``fast`` kernels: int4 18.5 ms."""
+MIXING_PRICE = 3.0
+"""Operations that one of a product of values with values costs."""
+
+VALUE_PRICE = 60.0
+"""Operations that writing one value costs."""
+
+OUTSIDE = -1
+"""Layer of what belongs to none: embeddings and head."""
+
+_FORWARD_PRICE = {"fp32": 0.0, "fp16": 41.0, "int8": 41.0, "int4": 106.0, "nf4": 60.0}
+_BACKWARD_PRICE = {"fp32": 0.0, "fp16": 41.0, "int8": 41.0, "int4": 86.0, "nf4": 130.0}
+"""Operations that de-quantising one number costs, by codec and direction: processor time beyond
+that of the fp32 product, times its speed; ``benchmarks/products.py``, the mean of the two large
+shapes, for a processor whose caches hold neither."""
+
+_FAST_FORWARD_PRICE = {"int4": -48.0}
+"""The same for ``fast`` kernels, which are quicker than fp32: a quarter of the bytes to read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operations:
+    """Work of a forward pass, in one run of the graph."""
+
+    weights: int = 0
+    """Numbers of frozen matrices that are read."""
+    products: int = 0
+    """Operations of products with them."""
+    mixing: int = 0
+    """Operations of products of values with values."""
+    values: int = 0
+    """Numbers that other operators write."""
+
+    def __add__(self, other: Operations) -> Operations:
+        return Operations(
+            weights=self.weights + other.weights,
+            products=self.products + other.products,
+            mixing=self.mixing + other.mixing,
+            values=self.values + other.values,
+        )
 
 
 class Work(Protocol):
@@ -35,23 +68,17 @@ class Work(Protocol):
 
     layer_count: int
 
-    def flops_per_token(self, lowest_trained_layer: int, kept_layers: Sequence[int]) -> int:
-        """Floating-point operations of a training step per token."""
+    def operations(self, layers: Sequence[int], step: StepShape) -> Operations:
+        """Forward pass of some layers in one run; ``OUTSIDE`` for what belongs to none."""
         ...
 
 
 def step_flops(work: Work, step: StepShape, batch_size: int) -> int:
-    """Operations of an optimiser step in products with frozen weights."""
-    return sum(_token_flops(work, step)) * batch_size * step.length
-
-
-def _token_flops(work: Work, step: StepShape) -> tuple[int, int]:
-    """Operations per token: of the forward pass, recomputation included, and of the backward."""
-    nothing_trains = work.layer_count
-    forward = work.flops_per_token(nothing_trains, step.kept_layers)
-    backward = work.flops_per_token(step.lowest_trained_layer, step.kept_layers) - forward
-    again = work.flops_per_token(nothing_trains, step.recomputed_layers)
-    return forward + again, backward
+    """Floating-point operations of an optimiser step in matrix products."""
+    ahead, back = _passes(work, step)
+    return (ahead.products + back.products + ahead.mixing + 2 * back.mixing) * _runs(
+        step, batch_size
+    )
 
 
 def step_seconds(work: Work, step: StepShape, *, batch_size: int, speed_gflops: float) -> float:
@@ -63,12 +90,28 @@ def step_seconds(work: Work, step: StepShape, *, batch_size: int, speed_gflops: 
         batch_size: Examples of the optimiser step.
         speed_gflops: Measured speed of float32 matrix products; 0 where unknown.
     """
-    forward, backward = _token_flops(work, step)
-    ahead = _FORWARD_COST.get(step.precision, 0.0)
+    ahead, back = _passes(work, step)
+    forward_price = _FORWARD_PRICE.get(step.precision, 0.0)
     if step.kernels == "fast":
-        ahead = _FAST_FORWARD_COST.get(step.precision, ahead)
-    # A weight takes part with two operations a token, so half of them is the number of elements.
-    reading = forward / 2 * ahead + backward / 2 * _BACKWARD_COST.get(step.precision, 0.0)
-    runs = -(-batch_size // step.micro_batch)
-    operations = (forward + backward) * batch_size * step.length + reading * runs
-    return operations / ((speed_gflops or DEFAULT_GFLOPS) * 1e9 * EFFICIENCY)
+        forward_price = _FAST_FORWARD_PRICE.get(step.precision, forward_price)
+    operations = (
+        ahead.products
+        + back.products
+        + ahead.weights * forward_price
+        + back.weights * _BACKWARD_PRICE.get(step.precision, 0.0)
+        # A product of two values has a gradient for each; so have most other operators.
+        + (ahead.mixing + 2 * back.mixing) * MIXING_PRICE
+        + (ahead.values + 2 * back.values) * VALUE_PRICE
+    )
+    speed = (speed_gflops or DEFAULT_GFLOPS) * 1e9 * EFFICIENCY
+    return operations * _runs(step, batch_size) / speed
+
+
+def _passes(work: Work, step: StepShape) -> tuple[Operations, Operations]:
+    """What is computed ahead, recomputation included, and what has a backward part."""
+    ahead = work.operations((*step.kept_layers, OUTSIDE, *step.recomputed_layers), step)
+    return ahead, work.operations((*step.trained_layers, OUTSIDE), step)
+
+
+def _runs(step: StepShape, batch_size: int) -> int:
+    return -(-batch_size // step.micro_batch)
