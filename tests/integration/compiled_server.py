@@ -27,6 +27,7 @@ from lorikit.server.config import RunConfig, read_evaluation_data, read_server_c
 from lorikit.server.export import write_adapter
 from lorikit.server.methods.base import AdapterSpace
 from lorikit.server.planner.planner import Planner
+from lorikit.server.planner.speed import Operations
 from lorikit.server.planner.step import StepShape
 from lorikit.server.store.blobs import FolderBlobs
 from lorikit.server.work import RunParts
@@ -100,8 +101,13 @@ class CompiledParts:
     def base_bytes(self, precision: str) -> int:
         return sum(blob.size for blob in self._train.manifest.weight_blobs)
 
-    def flops_per_token(self, lowest_trained_layer: int, kept_layers: Sequence[int]) -> int:
-        return int(self._train.manifest.facts["flops_per_token"])
+    def tokens(self, length: int) -> int:
+        return length
+
+    def operations(self, layers: Sequence[int], step: StepShape) -> Operations:
+        rows, count = step.micro_batch * step.length, sum(layer >= 0 for layer in layers)
+        flops = int(self._train.manifest.facts["flops_per_token"]) // (2 * self.layer_count)
+        return Operations(weights=count * flops // 2, products=count * flops * rows)
 
     def _open(self, ref: dict[str, object]) -> CompiledPackage:
         blob = BlobRef(**ref)  # type: ignore[arg-type]  # as ``leave_parts`` wrote it

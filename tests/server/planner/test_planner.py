@@ -9,6 +9,7 @@ from lorikit.proto.device import EngineInfo, Profile
 from lorikit.server.methods.base import Assignment
 from lorikit.server.planner import DoesNotFitError, MemoryCorrections, Planner
 from lorikit.server.planner.corrections import ENOUGH_REPORTS
+from lorikit.server.planner.speed import Operations
 
 MB = 1_000_000
 BASE = {"fp32": 80 * MB, "fp16": 40 * MB, "int8": 20 * MB, "int4": 12 * MB, "nf4": 10 * MB}
@@ -30,9 +31,13 @@ class Model:
     def base_bytes(self, precision):
         return BASE[precision]
 
-    def flops_per_token(self, lowest_trained_layer, kept_layers):
-        trained = sum(layer >= lowest_trained_layer for layer in kept_layers)
-        return 10**6 * (len(kept_layers) + trained)
+    def tokens(self, length):
+        return length
+
+    def operations(self, layers, step):
+        count = sum(layer >= 0 for layer in layers)
+        rows = step.micro_batch * step.length
+        return Operations(weights=10**6 * count, products=2 * 10**6 * count * rows)
 
     def predicted_peak_memory(self, step, *, baseline_bytes):
         self.asked += 1

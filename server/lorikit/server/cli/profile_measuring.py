@@ -68,7 +68,7 @@ def rehearsal(
     return {
         "folder": str(folder),
         "manifest": package.ref.digest,
-        "rows": _write_rows(package.manifest, folder, work),
+        "rows": _write_rows(package.manifest, folder, work, steps),
         "rank": entry.rank,
         "batch_size": work.batch_size,
         "micro_batch": choice.micro_batch,
@@ -114,24 +114,29 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no message"])[-1]
 
 
-def _write_rows(manifest: Manifest, folder: Path, work: Work) -> str:
+def _write_rows(manifest: Manifest, folder: Path, work: Work, steps: int) -> str:
     """Path of a file of rows that are as long as the longest example; empty for images."""
     if manifest.tokenizer is None:
         return ""
     words = _words(json.loads((folder / manifest.tokenizer.digest).read_bytes()))
     path = folder / "rehearsal.jsonl"
-    rows = (json.dumps(row) for row in _rows(manifest, words, work))
+    rows = (json.dumps(row) for row in _rows(manifest, words, work, steps))
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return str(path)
 
 
 def _rows(
-    manifest: Manifest, words: list[str], work: Work
+    manifest: Manifest, words: list[str], work: Work, steps: int
 ) -> Iterator[Mapping[str, str | int | list[str] | list[int]]]:
-    task = manifest.task
-    rng = np.random.default_rng(0)
-    for index in range(max(work.batch_size, 8)):
-        chosen = [words[i] for i in rng.integers(0, len(words), work.length)]
+    """As many rows as the steps read, with words from all over the table of words.
+
+    A long task reads all of the table sooner or later; a few steps come near that only with words
+    that lie evenly apart.
+    """
+    task, count = manifest.task, work.batch_size * steps
+    places = np.linspace(0, len(words) - 1, count * work.length).astype(np.int64)
+    for index, row in enumerate(np.random.default_rng(0).permutation(places).reshape(count, -1)):
+        chosen = [words[place] for place in row]
         if task.kind == "token-classification":
             labels = [place % len(task.labels) for place in range(len(chosen))]
             yield {task.text_column: chosen, task.label_column: labels}
@@ -143,12 +148,16 @@ def _rows(
 
 
 def _words(tokenizer: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """Whole words of a tokeniser's vocabulary, or letters where it has none."""
+    """Whole words of a tokeniser's vocabulary by their number, or letters where it has none."""
     vocabulary = tokenizer["model"].get("vocab", {})
-    entries = vocabulary if isinstance(vocabulary, dict) else [row[0] for row in _list(vocabulary)]
+    entries = (
+        sorted(vocabulary, key=vocabulary.__getitem__)
+        if isinstance(vocabulary, dict)
+        else [row[0] for row in _list(vocabulary)]
+    )
     cleaned = (str(entry).lstrip("Ġ▁ ") for entry in entries)
-    words = sorted({w for w in cleaned if len(w) >= _SHORTEST_WORD and w.isalnum()})
-    return words or ["a", "b", "c"]
+    words = dict.fromkeys(w for w in cleaned if len(w) >= _SHORTEST_WORD and w.isalnum())
+    return [*words] or ["a", "b", "c"]
 
 
 def _list(value: object) -> list[list[object]]:

@@ -285,6 +285,10 @@ class Compiler:
         backward = sum(sizes[layer] for layer in kept_layers if layer >= lowest_trained_layer)
         return 2 * (forward + backward)
 
+    def tokens(self, length: int) -> int:
+        """Tokens of an example: its length, or the patches of an image."""
+        return self._work.tokens(length)
+
     def operations(self, layers: Sequence[int], step: StepShape) -> Operations:
         """Forward pass of some layers in one run of the graph; see ``planner.speed``."""
         sizes = {"batch": step.micro_batch, "length": step.length, "rank": step.rank}

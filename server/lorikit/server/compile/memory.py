@@ -59,6 +59,11 @@ _TRUTHS = frozenset({"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessO
 
 _LENGTHS = frozenset({"Shape", "Size"})
 
+RUNS = 6
+"""Runs of a graph after which its arena hardly grows: results of one run lie between the values of
+the next, which splits chunks. With 2 x 128 tokens MiniLM's arena holds 38 MB after two runs and
+42 MB after six."""
+
 _FLOAT = np.dtype(np.float32)
 
 _MINIMUM = re.compile(r"Min\((\d+), (\w+)\)")
@@ -121,13 +126,14 @@ class Lifetimes:
             int(self._live(np.where(self._is_weight, nbytes, 0))[place]),
         )
 
-    def arena_bytes(self, *runs: Mapping[str, int]) -> int:
+    def arena_bytes(self, sizes: Mapping[str, int], runs: int = RUNS) -> int:
         """Bytes that onnxruntime's arena makes resident over some runs of the graph; see ``arena``.
 
         Args:
-            runs: Sizes of each run, as for ``peak``, for example the probe's and twice a step's.
+            sizes: As for ``peak``.
+            runs: How often the graph runs.
         """
-        return touched_bytes(*([*self.events(sizes)] for sizes in runs))
+        return touched_bytes(*[[*self.events(sizes)]] * runs)
 
     def events(self, sizes: Mapping[str, int]) -> Iterator[Event]:
         """Requests to the allocator in the order of the nodes."""
@@ -180,7 +186,7 @@ class GraphMemory:
 
     def arena_bytes(self, sizes: Mapping[str, int]) -> int:
         """Bytes that the runtime's arena makes resident over steps of some sizes."""
-        return self.lifetimes.arena_bytes(sizes, sizes)
+        return self.lifetimes.arena_bytes(sizes)
 
 
 class _Walk:

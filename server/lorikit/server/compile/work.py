@@ -34,6 +34,7 @@ class LayerWork:
         self._products: dict[int, Terms] = defaultdict(list)
         self._mixing: dict[int, Terms] = defaultdict(list)
         self._values: dict[int, Terms] = defaultdict(list)
+        self._rows: Shape = ("batch", "length")
         self._known: dict[tuple[int, tuple[tuple[str, int], ...]], Operations] = {}
         for node in graph.nodes:
             layer = architecture.layer_of(node.scope)
@@ -42,6 +43,7 @@ class LayerWork:
             if node.op == "Conv" and weight is not None:
                 inner = graph.constants[weight].size // graph.constants[weight].shape[0]
                 self._products[layer].append((shape, 2 * inner))
+                self._rows = ("batch", *shape[2:])
             elif node.op not in PRODUCTS:
                 if node.op not in _FREE:
                     self._values[layer].append((shape, 1))
@@ -58,6 +60,10 @@ class LayerWork:
         if given:
             inner = given[-2] if node.attributes.get("transA") else given[-1]
             self._mixing[layer].append(((*shape, inner), 2))
+
+    def tokens(self, length: int) -> int:
+        """Rows of an example: its tokens, or where convolutions read it the places of the last."""
+        return elements(self._rows, {"batch": 1, "length": length})
 
     def operations(self, layers: Iterable[int], sizes: Mapping[str, int]) -> Operations:
         """Operations of some layers' forward pass; layer -1 is what lies outside of all."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-RUNTIME_BYTES = 29_000_000
+RUNTIME_BYTES = 28_000_000
 """The runtime's library and heap, a session without nodes, and the pages of libraries that training
 reads again after the device let go of them."""
 
@@ -21,9 +21,6 @@ ADAPTER_COPIES = 4
 
 TRAINED_COPIES = 5
 """Copies of the trained part: gradient of the micro-batch, its sum, two moments, an update."""
-
-ARENA_SHARE = 1.05
-"""Resident bytes per byte that the replayed arena touches: what threads and kernels hold beside."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +90,6 @@ def footprint(
         mapped_bytes=weight_bytes,
         packed_bytes=packed_bytes,
         adapter_bytes=4 * (ADAPTER_COPIES * adapter_elements + TRAINED_COPIES * trained_elements),
-        activation_bytes=int(ARENA_SHARE * arena_bytes) - workspace_bytes,
+        activation_bytes=arena_bytes - workspace_bytes,
         workspace_bytes=workspace_bytes,
     )

@@ -198,7 +198,8 @@ class Planner:
         )
 
     def _largest_micro_batch(self) -> int:
-        return min(self._batch_size, max(1, -(-ENOUGH_TOKENS // self._max_length)))
+        tokens = self._compiler.tokens(self._max_length)
+        return min(self._batch_size, max(1, -(-ENOUGH_TOKENS // tokens)))
 
     def _ranks(self) -> Iterator[int]:
         rank = 1
