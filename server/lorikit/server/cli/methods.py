@@ -19,6 +19,7 @@ from lorikit.server.cli.display import (
 )
 from lorikit.server.cli.exit_codes import CommandError, ExitCode
 from lorikit.server.methods import FACTS
+from lorikit.server.methods.base_delta import DELTA_ROLES
 from lorikit.server.methods.costs import ModelCost, model_costs
 from lorikit.server.methods.facts import LORA_AND_HEAD, MethodFacts
 
@@ -118,8 +119,9 @@ def _print(costs: dict[str, ModelCost], title: str) -> None:
 
 
 def _needs(facts: MethodFacts) -> str:
-    """Roles beside LoRA and head that the package must have."""
-    return ", ".join(role for role in facts.roles() if role not in LORA_AND_HEAD)
+    """What packages must have beside LoRA and head; base deltas come by themselves."""
+    others = (role for role in facts.roles() if role not in (*LORA_AND_HEAD, *DELTA_ROLES))
+    return ", ".join([*others, *(["base deltas"] if facts.changes_base else [])])
 
 
 def _bytes(cost: ModelCost) -> tuple[str, str, str]:
