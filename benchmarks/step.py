@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,24 +54,26 @@ class Variant:
     kernels: str = "lean"
     last_layers: int = 0
     """Train only so many layers from the top; 0 for all."""
+    micro_batch: int = 1
+    """Examples per run of the graph."""
 
     @property
     def title(self) -> str:
         parts = [self.precision, self.kernels if self.kernels != "lean" else ""]
         parts += [f"recomputing {self.recompute} layers" if self.recompute else ""]
         parts += [f"last {self.last_layers} layers" if self.last_layers else ""]
+        parts += [f"{self.micro_batch} at a time" if self.micro_batch > 1 else ""]
         return "lorikit " + ", ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One optimiser step of a model: examples, tokens of each, examples per run of the graph."""
+    """One optimiser step of a model: examples, tokens of each, and what is compared."""
 
     model: str
     task: str
     batch: int
     length: int
-    micro_batch: int = 1
     steps: int = 6
     checkpointing: bool = False
     """Whether the peer makes activations again; on where that saves it memory."""
@@ -123,7 +125,11 @@ WORKS = (
         task=IMAGE,
         batch=8,
         length=1,
-        variants=(Variant(precision="int8"), Variant(precision="nf4")),
+        variants=(
+            Variant(precision="int8", micro_batch=2),
+            Variant(precision="int8", micro_batch=4),
+            Variant(precision="nf4", micro_batch=4),
+        ),
     ),
 )
 TARGETS = {TEXT: ("query", "value"), CAUSAL: ("q_proj", "v_proj"), IMAGE: ("q_proj", "v_proj")}
@@ -354,12 +360,11 @@ def _work_rows(
         "--threads", str(threads), "--targets", *TARGETS[work.task],
         *(["--checkpointing"] if work.checkpointing else []),
     ]  # fmt: skip
-    facts = asdict(work)
-    sizes = {name: facts[name] for name in ("batch", "length", "micro_batch", "steps")}
+    sizes = {"batch": work.batch, "length": work.length, "steps": work.steps}
     ours = {
         variant.title: [
-            sys.executable, __file__, "--threads", str(threads),
-            "--device", str(blobs), digests[variant], json.dumps(sizes),
+            sys.executable, __file__, "--threads", str(threads), "--device", str(blobs),
+            digests[variant], json.dumps({**sizes, "micro_batch": variant.micro_batch}),
         ]
         for variant in work.variants
     }  # fmt: skip
@@ -369,10 +374,10 @@ def _work_rows(
             figures[title].append(run(command))
     for title, mine in figures.items():
         row = summary(work, title, mine, figures[PEER])
-        if title in ours:
-            digest = next(digests[v] for v in work.variants if v.title == title)
-            opened = run([sys.executable, __file__, "--open", str(blobs), digest])
+        for variant in (v for v in work.variants if v.title == title):
+            opened = run([sys.executable, __file__, "--open", str(blobs), digests[variant]])
             row |= {f"opening_{name}": value for name, value in opened.items()}
+            row["micro_batch"] = variant.micro_batch
         print(line(row), flush=True)
         yield row
 
@@ -386,7 +391,7 @@ def summary(
     anonymous = [f["anonymous_memory_bytes"] for f in mine if "anonymous_memory_bytes" in f]
     return {
         "work": work.title,
-        "micro_batch": work.batch if title == PEER else work.micro_batch,
+        "micro_batch": work.batch,
         "stack": title + (", checkpointing" if title == PEER and work.checkpointing else ""),
         "peak_memory_bytes": int(peak),
         "anonymous_memory_bytes": int(statistics.median(anonymous)) if anonymous else None,
