@@ -8,6 +8,7 @@ which only two are exported.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,14 @@ from lorikit.proto.manifest import Task
 from lorikit.server.compile import Compiler
 from lorikit.server.compile.architectures import ARCHITECTURES, TASK_KINDS
 from lorikit.server.compile.insertion import KINDS, AdapterConfig
-from lorikit.server.errors import UnsupportedModelError
+from lorikit.server.compile.verify import (
+    TOLERANCE,
+    Probe,
+    check_train_graph,
+    make_probe,
+    run_graph,
+)
+from lorikit.server.errors import UnsupportedModelError, VerificationError
 from lorikit.server.store.blobs import FolderBlobs
 
 SHAPE = {
@@ -189,3 +197,26 @@ def test_lora_dropout_agrees_with_torch(tmp_path: Path, kept: tuple[int, ...] | 
 def test_dropout_is_refused_where_there_is_none(adapter: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"{adapter!r} has no dropout"):
         AdapterConfig(kind=adapter, dropout=0.1)
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_may_be_off_by_rounding(tmp_path: Path) -> None:
+    compiler = compiler_for(
+        tmp_path, "bert", "sequence-classification", AdapterConfig(kind="bitfit")
+    )
+    manifest = compiler.package(precision="fp32", lowest_trained_layer=0).manifest
+    trained = [tensor.name for tensor in manifest.adapter if tensor.trained]
+    path = compiler.blobs.path(manifest.graph("train").blob.digest)
+    probe = make_probe(compiler._model, compiler._base("fp32"), manifest.kept_layers, trained)
+    name = next(name for name in trained if name.endswith("0.attention.self.key.bias"))
+
+    def off_by(norm: float) -> Probe:
+        error = np.full_like(probe.gradients[name], norm / probe.gradients[name].size ** 0.5)
+        gradients = {**probe.gradients, name: run_graph(path, probe)[f"{name}.grad"] + error}
+        return replace(probe, gradients=gradients, rounding={name: 1e-3})
+
+    # Softmax does not see what all keys of a text have in common.
+    assert probe.rounding.keys() >= {n for n in trained if n.endswith("key.bias")}
+    assert 0 < probe.rounding[name] < 1e-6
+    assert check_train_graph(path, off_by(3.9e-3)) <= TOLERANCE
+    with pytest.raises(VerificationError, match=r"0\.attention\.self\.key\.bias"):
+        check_train_graph(path, off_by(4.1e-3))
