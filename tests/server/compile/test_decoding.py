@@ -122,7 +122,7 @@ def _torch_greedy(model: Model, prompt: list[int], count: int) -> list[int]:
     return result
 
 
-@pytest.mark.parametrize("kept", [(0, 1, 2, 3), (0, 3)])
+@pytest.mark.parametrize("kept", [(0, 1, 2, 3), (0, 3), (2, 3)])
 def test_graph_continues_a_text_as_transformers_does(
     model: Model, decoding: Graph, kept: tuple[int, ...]
 ) -> None:

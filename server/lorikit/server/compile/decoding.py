@@ -95,6 +95,14 @@ def decoding_graph(decoding: Graph, model: Model, kept: Sequence[int]) -> Graph:
         for time in ("past", "new")
         for part in PARTS
     }
+    # What is said of the length of the past is asked of the first layer's cache, kept or not.
+    graph.inputs = [p for p in graph.inputs if architecture.layer_of(p.name) not in gone]
+    first = min(kept)
+    names |= {
+        _internal(architecture, layer, "past", part): f"past.{first}.{part}"
+        for layer in gone
+        for part in PARTS
+    }
     _rename(graph, names)
     return graph
 
