@@ -30,8 +30,8 @@ class DemoClass:
 
 CLASSES = (
     DemoClass(
-        name="wearable-150mb",
-        memory_limit_bytes=150_000_000,
+        name="wearable-128mb",
+        memory_limit_bytes=128_000_000,
         speed_gflops=8.0,
         precisions=("nf4",),
     ),
