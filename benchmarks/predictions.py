@@ -73,7 +73,7 @@ def model_folder(name: str, real: Path | None, work: Path) -> Path:
     if (made / name / "config.json").is_file():
         return made / name
     folder = make_model(name, made)
-    if (folder / "tokenizer.json").is_file() and folder.parent == made:
+    if folder.parent == made:
         give_every_word(folder)
     return folder
 
@@ -82,7 +82,9 @@ def give_every_word(folder: Path) -> None:
     """A tokeniser with as many words as the table has rows, so that all rows may be read."""
     import tokenizers
 
-    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    size = json.loads((folder / "config.json").read_text()).get("vocab_size")
+    if size is None:  # a model of images
+        return
     vocabulary = {word: n for n, word in enumerate(["[UNK]", *(f"w{n}" for n in range(1, size))])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import ipaddress
 import shutil
 import socket
 import sqlite3
@@ -201,9 +202,8 @@ def _connection(config: ServerConfig) -> Finding:
     if not port.isdecimal() or port == "0":
         sentence = f"{config.address} leaves the port open; nothing was looked at"
         return Finding(check="connection", health=Health.OK, sentence=sentence)
-    near = host.strip("[]").replace("0.0.0.0", "127.0.0.1") or "localhost"
     try:
-        with socket.create_connection((near, int(port)), _CONNECT_SECONDS):
+        with socket.create_connection((_near(host), int(port)), _CONNECT_SECONDS):
             sentence = f"a program listens on {config.address}"
             return Finding(check="connection", health=Health.OK, sentence=sentence)
     except OSError:
@@ -213,6 +213,15 @@ def _connection(config: ServerConfig) -> Finding:
             sentence=f"nothing listens on {config.address}",
             remedy=f"lorikit server --folder {config.folder} --address {config.address}",
         )
+
+
+def _near(host: str) -> str:
+    """Where a server that listens on a host is reached from its own machine."""
+    bare = host.strip("[]")
+    try:
+        return "localhost" if ipaddress.ip_address(bare).is_unspecified else bare
+    except ValueError:
+        return bare or "localhost"
 
 
 def _date(seconds: float) -> str:
