@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,15 @@ from tests.sdk.engines.tiny_package import (
 )
 
 from lorikit.proto.manifest import Manifest
+from lorikit.proto.tensors import Tensors
 from lorikit.sdk._errors import (
     EngineDisagreesError,
     PackageError,
     UnsupportedPackageError,
 )
 from lorikit.sdk.engines import open_engine
-from lorikit.sdk.engines.base import Engine
+from lorikit.sdk.engines._probe import check_probe, parse_probe
+from lorikit.sdk.engines.base import Batch, Engine, Gradients
 
 pytest.importorskip("onnxruntime", reason="these tests run the onnx engine")
 
@@ -98,6 +101,24 @@ def test_probe_that_disagrees_stops_training_and_names_the_tensor(package: TinyP
     for _ in range(2):
         with pytest.raises(EngineDisagreesError, match=rf"gradient of {B} is off by 4\.98e-03"):
             engine.gradients(adapter, batch, INPUTS)
+
+
+@pytest.mark.parametrize(("is_whole", "sizes"), [(False, [1, 1]), (True, [2])])
+def test_probe_takes_an_example_at_a_time(
+    package: TinyPackage, is_whole: bool, sizes: list[int]
+) -> None:
+    engine, manifest = _open(package), package.with_probe().manifest
+    assert manifest.probe is not None
+    probe = parse_probe((package.folder / manifest.probe.digest).read_bytes())
+    seen = []
+
+    def run(adapter: Tensors, batch: Batch, inputs: Mapping[str, float]) -> Gradients:
+        seen.append(len(batch.labels))
+        return engine.gradients(adapter, batch, inputs)
+
+    check_probe(probe, run, is_whole=is_whole)
+
+    assert seen == sizes
 
 
 def test_adapter_of_another_shape_is_named(package: TinyPackage) -> None:

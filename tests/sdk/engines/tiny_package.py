@@ -107,7 +107,7 @@ class TinyPackage:
 
     def with_probe(self, *, error: float = 0.0) -> TinyPackage:
         """The same package with a probe; ``error`` spoils the expected gradient of B."""
-        adapter, batch = self.adapter(rank=2, seed=5), self.batch((4,), seed=6)
+        adapter, batch = self.adapter(rank=2, seed=5), self.batch((4, 2), seed=6)
         expected = self.reference(adapter, batch)
         gradients = {**expected.gradients, B: expected.gradients[B] * np.float32(1 + error)}
         bundle = Bundle(

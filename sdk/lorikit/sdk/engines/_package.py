@@ -21,6 +21,7 @@ from lorikit.sdk._heap import release_freed_memory
 from lorikit.sdk._pages import release_file_pages
 from lorikit.sdk.engines._probe import check_probe, parse_probe
 from lorikit.sdk.engines._signature import (
+    DROPOUT_SEED,
     GRADIENT_SUFFIX,
     check_adapter,
     feeds,
@@ -142,7 +143,8 @@ class PackageEngine:
         if self._probed or self._manifest.probe is None:
             return
         data = (self._folder / self._manifest.probe.digest).read_bytes()
-        check_probe(parse_probe(data), self._gradients)
+        has_dropout = DROPOUT_SEED in self._manifest.graph("train", self._runtime).inputs
+        check_probe(parse_probe(data), self._gradients, is_whole=has_dropout)
         self._probed = True
 
     def _run(

@@ -7,7 +7,7 @@ it. Runtimes differ by version and processor; one that is wrong would spoil a ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,26 +74,52 @@ def parse_probe(data: bytes) -> Probe:
 
 
 def check_probe(
-    probe: Probe, run: Callable[[Tensors, Batch, Mapping[str, float]], Gradients]
+    probe: Probe,
+    run: Callable[[Tensors, Batch, Mapping[str, float]], Gradients],
+    *,
+    is_whole: bool,
 ) -> None:
     """Run the probe and compare.
 
     Args:
         probe: From ``parse_probe``.
         run: The engine's ``gradients``.
+        is_whole: Whether the batch is one run: a graph with dropout draws by place in the batch.
+            Otherwise an example is a run, so that the check takes no more memory than training.
 
     Raises:
         EngineDisagreesError: The loss or a gradient is too far off; names it and its error.
     """
-    result = run(probe.adapter, probe.batch, probe.inputs)
-    error = abs(result.loss - probe.loss) / max(abs(probe.loss), 1e-12)
+    batches = [probe.batch] if is_whole else _examples(probe.batch)
+    results = [run(probe.adapter, batch, probe.inputs) for batch in batches]
+    loss = sum(result.loss for result in results)
+    error = abs(loss - probe.loss) / max(abs(probe.loss), 1e-12)
     if not error <= TOLERANCE:
         raise EngineDisagreesError(_sentence("the loss", error))
     floor = NEGLIGIBLE * global_norm(probe.gradients.values())
     for name, expected in probe.gradients.items():
-        error = _relative_error(result.gradients.get(name), expected, floor)
+        error = _relative_error(_sum(name, results), expected, floor)
         if not error <= TOLERANCE:
             raise EngineDisagreesError(_sentence(f"the gradient of {name}", error))
+
+
+def _examples(batch: Batch) -> list[Batch]:
+    """Each example as a batch; their losses sum to that of the whole."""
+    return [
+        Batch(
+            inputs={name: value[n : n + 1] for name, value in batch.inputs.items()},
+            labels=batch.labels[n : n + 1],
+            weights=batch.weights[n : n + 1],
+        )
+        for n in range(len(batch.labels))
+    ]
+
+
+def _sum(name: str, results: Sequence[Gradients]) -> Float32 | None:
+    """A gradient over all runs; None if a run lacks it."""
+    parts = [result.gradients.get(name) for result in results]
+    found = [part for part in parts if part is not None]
+    return sum(found[1:], start=found[0]) if len(found) == len(parts) else None
 
 
 def _relative_error(value: Float32 | None, expected: Float32, floor: float) -> float:
