@@ -181,6 +181,15 @@ _Facts = tuple[str, Mapping[str, float], float | None]
 """What a participant follows from: profile, the method's memory, measured speed."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """What a method gives a device, and how the planner has it done."""
+
+    assignment: Assignment
+    profile: Profile
+    choice: Choice
+
+
 class RoundWork:
     """The blocking work of one run."""
 
@@ -256,23 +265,25 @@ class RoundWork:
         state = self.state_before(row.number)
         cohort = self._cohort(row, participants)
         rng = np.random.default_rng(seed_of("assign", self.config.seed, row.number, row.attempt))
-        assignments = self.parts.method.assign(state, self._space, row.number, cohort, rng)
+        planned = []
+        for assignment in self.parts.method.assign(state, self._space, row.number, cohort, rng):
+            try:
+                planned.append(self._planned(assignment))
+            except DoesNotFitError as error:
+                self._turn_down(cohort, assignment, error)
+        assignments = [each.assignment for each in planned]
         counted = {a.device_id: self._counted(row.number, a.device_id) for a in assignments}
         held = {device: None if last is None else last[1] for device, last in counted.items()}
         bases = shared_bases(assignments, held)
         tasks = []
-        for assignment in assignments:
-            last = counted[assignment.device_id]
-            version = self._version(state, assignment, bases[assignment.device_id], row.number)
+        for each in planned:
+            device_id = each.assignment.device_id
+            last = counted[device_id]
+            version = self._version(state, each.assignment, bases[device_id], row.number)
             try:
-                tasks.append(
-                    self._task(row, assignment, version, None if last is None else last[0])
-                )
+                tasks.append(self._task(row, each, version, None if last is None else last[0]))
             except DoesNotFitError as error:
-                device = next(d for d in cohort if d.device_id == assignment.device_id)
-                self._refuse(
-                    device.device_id, instead(error, self.config.method, device, assignment)
-                )
+                self._turn_down(cohort, each.assignment, error)
         return tasks
 
     def aggregate(self, number: int) -> str:
@@ -450,6 +461,13 @@ class RoundWork:
                     seconds.append(step / (1 / 3 + 2 / 3 * depth))
         return sum(seconds) / len(seconds) if seconds else None
 
+    def _turn_down(
+        self, cohort: Sequence[Participant], assignment: Assignment, error: DoesNotFitError
+    ) -> None:
+        """Refuse a device that the method has work for."""
+        device = next(d for d in cohort if d.device_id == assignment.device_id)
+        self._refuse(device.device_id, instead(error, self.config.method, device, assignment))
+
     def _refuse(self, device_id: str, error: DoesNotFitError) -> None:
         self._store.refuse(self._run_id, device_id, reason=error.reason, remedy=error.remedy)
 
@@ -461,31 +479,31 @@ class RoundWork:
         chosen = rng.choice(len(participants), size=size, replace=False)
         return [participants[index] for index in sorted(chosen)]
 
-    def _task(
-        self,
-        row: RoundRow,
-        assignment: Assignment,
-        version: Version,
-        counted_round: int | None,
-    ) -> TaskRow:
+    def _planned(self, assignment: Assignment) -> _Planned:
+        """An assignment with what the planner chose for it; raises ``DoesNotFitError``."""
         device = self._store.device(assignment.device_id)
         if device is None:
             raise LorikitError(f"method assigned work to unknown device {assignment.device_id}")
         profile = profile_from_json(device.profile)
         choice = self.parts.planner.choose(profile, assignment)
-        assignment = replace(assignment, precision=choice.precision)
+        return _Planned(replace(assignment, precision=choice.precision), profile, choice)
+
+    def _task(
+        self, row: RoundRow, planned: _Planned, version: Version, counted_round: int | None
+    ) -> TaskRow:
+        assignment, choice = planned.assignment, planned.choice
         package = self._package(assignment, choice)
         plan = build_plan(
             self.config,
             assignment,
             choice,
             package.manifest.adapter,
-            profile,
+            planned.profile,
             round_number=row.number,
             counted_round=counted_round,
             sensitivity=self._sensitivity(row.number),
         )
-        check_operations(plan, profile)
+        check_operations(plan, planned.profile)
         expected = expected_update(
             plan, assignment, package.manifest.adapter, classes=len(self.config.labels)
         )

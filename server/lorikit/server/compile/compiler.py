@@ -228,12 +228,7 @@ class Compiler:
             kernels=step.kernels,
         )
         memory = self._memory_of(variant)
-        sizes = {
-            "batch": step.micro_batch,
-            "length": step.length,
-            "rank": step.rank,
-            DELTA_RANK: max(self._delta_ranks().values(), default=0),
-        }
+        sizes = self._sizes(step)
         return footprint(
             baseline_bytes=baseline_bytes,
             node_count=memory.node_count,
@@ -291,8 +286,7 @@ class Compiler:
 
     def operations(self, layers: Sequence[int], step: StepShape) -> Operations:
         """Forward pass of some layers in one run of the graph; see ``planner.speed``."""
-        sizes = {"batch": step.micro_batch, "length": step.length, "rank": step.rank}
-        return self._work.operations(layers, sizes)
+        return self._work.operations(layers, self._sizes(step))
 
     def logits(
         self,
@@ -375,6 +369,15 @@ class Compiler:
         if self._model.deltas:
             add_base_deltas(graph, self._model.adapter)
         return graph
+
+    def _sizes(self, step: StepShape) -> dict[str, int]:
+        """What the symbols of the graphs' shapes stand for."""
+        return {
+            "batch": step.micro_batch,
+            "length": step.length,
+            "rank": step.rank,
+            DELTA_RANK: max(self._delta_ranks().values(), default=0),
+        }
 
     def _delta_ranks(self) -> dict[str, int]:
         """Largest rank of each base delta by its module; empty without any."""

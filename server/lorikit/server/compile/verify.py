@@ -96,7 +96,11 @@ def make_probe(
                 loss = _loss(model.forward(arrays)[0], labels, weights)
                 gradients = torch.autograd.grad(loss, wanted)
                 found = {n: g.numpy().copy() for n, g in zip(trained, gradients, strict=True)}
-                lost = [n for n in trained if np.linalg.norm(found[n]) < _resolved(found)]
+                lost = {
+                    name: parameter
+                    for name, parameter in zip(trained, wanted, strict=True)
+                    if np.linalg.norm(found[name]) < _resolved(found)
+                }
                 rounding = _rounding(model, arrays, labels, weights, found, lost)
     finally:
         model.set_adapter({name: value.numpy() for name, value in before.items()}, SCALE)
@@ -120,22 +124,21 @@ def _rounding(
     labels: Int64,
     weights: Float32,
     gradients: Tensors,
-    names: Sequence[str],
+    wanted: Mapping[str, torch.nn.Parameter],
 ) -> dict[str, float]:
-    """Norm of the difference between float32 and float64 gradients, for the names alone."""
-    if not names:
+    """Norm of the difference between float32 and float64 gradients of some tensors."""
+    if not wanted:
         return {}
-    wanted = [model.adapter_parameter(name) for name in names]
     model.module.double()
     try:
         wide = {n: v.double() if v.is_floating_point() else v for n, v in arrays.items()}
         loss = _loss(model.forward(wide)[0], labels, weights.astype(np.float64))
-        exact = torch.autograd.grad(loss, wanted)
+        exact = torch.autograd.grad(loss, list(wanted.values()))
     finally:
         model.module.float()
     return {
         name: float(np.linalg.norm(gradients[name] - value.numpy()))
-        for name, value in zip(names, exact, strict=True)
+        for name, value in zip(wanted, exact, strict=True)
     }
 
 
