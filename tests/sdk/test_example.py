@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.sdk.test_client import Federation
@@ -23,7 +24,7 @@ def _examples() -> list[str]:
 def test_example_of_the_page_runs_as_it_stands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example, _ = _examples()
+    example, *_ = _examples()
     folder = tmp_path / "server"
     folder.mkdir()
     with Federation(folder) as server:
@@ -44,7 +45,7 @@ def test_example_of_the_page_runs_as_it_stands(
 def test_texts_are_continued_as_the_page_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, example = _examples()
+    _, example, _ = _examples()
     manifest, _ = language_package(tmp_path)
     local_model(tmp_path, manifest, adapter(len(WORDS)))
 
@@ -52,6 +53,19 @@ def test_texts_are_continued_as_the_page_says(
         exec(compile(example, str(PAGE), "exec"), {"client": client})
 
     assert re.search(r"( w\d+)+", capsys.readouterr().out)
+
+
+def test_client_that_is_to_get_a_certificate_is_made_as_the_page_says(tmp_path: Path) -> None:
+    *_, example = _examples()
+    authority = tmp_path / "authority.pem"
+    authority.write_bytes(b"-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n")
+    code = example.replace("~/.myapp/lorikit", str(tmp_path / "device"))
+    names: dict[str, Any] = {"Client": Client, "Path": Path, "rows": [], "token": "t" * 32}
+
+    exec(compile(code.replace("authority.pem", str(authority)), str(PAGE), "exec"), names)
+
+    with names["client"] as client:
+        assert isinstance(client, Client)
 
 
 def test_page_and_help_name_every_exit_code() -> None:
