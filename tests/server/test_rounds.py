@@ -267,10 +267,11 @@ def test_cohort_is_a_share_of_the_devices(server, tmp_path):
 def test_device_that_does_not_fit_is_told_what_would_help(server, tmp_path):
     server.create_run(run_config(tmp_path, rounds=1, min_devices=2, min_updates=2))
     small = Device(server.address, "installation-small", profile(5))
-    with crowd(server.address, 2) as devices, Crowd([small]) as others:
+    with Crowd([small]) as others:
+        others.join()
+    with crowd(server.address, 2) as devices:
         assert server.wait("test", timeout=SECONDS).state is RunState.FINISHED
         devices.join()
-        others.join()
 
     refusal = others.endings["installation-small"]
     assert refusal.reason == "Rank 1 takes 10 MiB."
